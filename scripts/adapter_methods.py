@@ -55,6 +55,10 @@ CASES = {
     "nf4": ("qwen2", dict(target_modules="all-linear")),
     "nf4_dora": ("gqa", dict(target_modules=["q_proj", "down_proj"], use_dora=True, modules_to_save=["up_proj"])),
     "int8": ("tied", dict(target_modules=["o_proj", "gate_proj"])),
+    "tokens": ("gqa", dict(target_modules=QV, trainable_token_indices=[85, 3, 48])),
+    "tokens_of_both": ("gqa", dict(target_modules=["o_proj"], trainable_token_indices={"embed_tokens": [88, 0], "lm_head": [2, 45]})),
+    "tokens_of_tied": ("tied", dict(target_modules=QV, trainable_token_indices=[30, 1, 42])),
+    "tokens_scaled": ("granite", dict(target_modules=QV, trainable_token_indices=[28, 13])),
 }
 QUANTIZATION = {"nf4": "nf4", "nf4_dora": "nf4", "int8": "int8"}
 

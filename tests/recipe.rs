@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use wattune::adapter::LoraConfig;
-use wattune::adapter::options::{Bias, LoraInit};
+use wattune::adapter::options::{Bias, LoraInit, TokenIndices};
 use wattune::energy::{DeviceRef, Limits, MeterKind};
 use wattune::error::Kind;
 use wattune::recipe::*;
@@ -565,6 +565,7 @@ prop_compose! {
         bias in prop::sample::select(vec![Bias::None, Bias::All, Bias::LoraOnly]),
         init_from in prop::option::of(word().prop_map(|name| Path::new("/a b").join(name))),
         loraplus_lr_ratio in prop::option::of(quantity()),
+        tokens in prop::option::of(prop::collection::btree_map(word(), prop::collection::vec(0u32..99, 1..4), 1..3)),
         init_lora_weights in prop::sample::select(vec![LoraInit::Default, LoraInit::Olora, LoraInit::PissaNiter(3)]),
         written in prop::sample::subsequence(vec!["r", "lora_alpha", "use_rslora"], 0..=3),
     ) -> Lora {
@@ -574,8 +575,7 @@ prop_compose! {
             rank_pattern: ranks.into_iter().rev().collect(),
             alpha_pattern: alphas.into_iter().collect(),
             layers_to_transform: layers.filter(|_| names),
-            layers_pattern: Vec::new(),
-            init_lora_weights, modules_to_save,
+            layers_pattern: Vec::new(), init_lora_weights, modules_to_save, trainable_token_indices: tokens.map(TokenIndices::ByModule),
             ensure_weight_tying, use_dora, bias, lora_bias: false,
         };
         let mut lora = Lora { config, loraplus_lr_ratio, portable, init_from, written: Vec::new() };

@@ -6,11 +6,13 @@
 use crate::error::{Error, Kind, Result};
 use crate::text::{first_few, nearest};
 
-use super::options::{Bias, LoraConfig, LoraInit};
+use super::options::{Bias, LoraConfig, LoraInit, TokenIndices};
 use super::targets::{self, Module, ModuleKind, Site};
 
 /// Prefix of every name in an adapter's file.
 pub const PREFIX: &str = "base_model.model.";
+/// End of the name of an embedding's trained rows.
+pub(super) const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
 
 /// The modules and tensors of a model that an adapter can name.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -144,6 +146,26 @@ impl WeightCopy {
     }
 }
 
+/// Rows of an embedding that are trained alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenSet {
+    /// Path of the embedding.
+    pub path: String,
+    /// The tokens, in the order of the rows.
+    pub tokens: Vec<u32>,
+    /// C.
+    pub width: usize,
+    /// Whether the output embedding is the same table.
+    pub tied: bool,
+}
+
+impl TokenSet {
+    /// Its name in a file.
+    pub fn name(&self) -> String {
+        format!("{PREFIX}{}{TOKEN_ROWS}", self.path)
+    }
+}
+
 /// Everything that an adapter trains in a model.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Adaptation {
@@ -151,6 +173,8 @@ pub struct Adaptation {
     pub sites: Vec<Site>,
     /// The weights trained in full, in model order.
     pub copies: Vec<WeightCopy>,
+    /// The embeddings of which some rows are trained.
+    pub tokens: Vec<TokenSet>,
     /// Whether input and output embedding differ in the adapted model although the base ties them.
     pub unties: bool,
     /// Whether the layers have DoRA's magnitude.
@@ -168,6 +192,8 @@ pub enum Place<'a> {
     Part(&'a Site, Part),
     /// A weight of the model.
     Weight(&'a WeightCopy),
+    /// Rows of an embedding.
+    Tokens(&'a TokenSet),
 }
 
 /// A trained tensor.
@@ -185,7 +211,7 @@ impl AdapterTensor<'_> {
     /// All names in a file.
     pub fn names(&self) -> Vec<String> {
         match self.place {
-            Place::Part(..) => vec![self.name.clone()],
+            Place::Part(..) | Place::Tokens(_) => vec![self.name.clone()],
             Place::Weight(copy) => copy.names().collect(),
         }
     }
@@ -215,6 +241,11 @@ impl Adaptation {
         if settings.bias != Bias::None && !copies.any(|copy| copy.tensor.ends_with(".bias")) {
             let what = "`bias` trains nothing: the model has no such bias";
             return Err(Error::new(Kind::Adapter, what).hint("leave `bias` out"));
+        }
+        if let Some(reason) = token_problem(layout, settings, &adaptation) {
+            return Err(Error::new(Kind::Adapter, reason)
+                .rule("distinct tokens of the vocabulary, for `embed_tokens` or `lm_head`, which nothing else trains")
+                .hint("write token ids, as in `trainable_token_indices = [5, 7]`"));
         }
         match adaptation.unsupported(settings) {
             Some(reason) => Err(Error::new(Kind::Adapter, reason).hint(
@@ -269,6 +300,7 @@ impl Adaptation {
             use_dora: settings.use_dora,
             lora_bias: settings.lora_bias,
             init: settings.init_lora_weights,
+            tokens: token_sets(layout, settings),
             sites,
         }
     }
@@ -331,7 +363,23 @@ impl Adaptation {
             shape: copy.shape.clone(),
             place: Place::Weight(copy),
         });
-        parts.chain(weights).collect()
+        let tokens = self.tokens.iter().map(|set| AdapterTensor {
+            name: set.name(),
+            shape: vec![set.tokens.len(), set.width],
+            place: Place::Tokens(set),
+        });
+        parts.chain(weights).chain(tokens).collect()
+    }
+
+    /// The number of rows of the embedding `path` that are trained alone.
+    pub fn token_rows(&self, path: &str) -> usize {
+        self.tokens_of(path).map_or(0, |set| set.tokens.len())
+    }
+
+    /// The trained rows of the embedding `path`; those of the input embedding where the two are tied.
+    pub fn tokens_of(&self, path: &str) -> Option<&TokenSet> {
+        let mut sets = self.tokens.iter();
+        sets.find(|set| set.path == path || set.tied)
     }
 
     /// Number of trained parameters.
@@ -347,6 +395,90 @@ impl Adaptation {
     pub fn trains(&self, tensor: &str) -> bool {
         self.copies.iter().any(|copy| copy.tensor == tensor)
     }
+}
+
+/// The rows that `trainable_token_indices` names. Lists of tied embeddings that are the same are one.
+fn token_sets(layout: &ModelLayout, settings: &LoraConfig) -> Vec<TokenSet> {
+    let table = layout
+        .tensors
+        .iter()
+        .find(|(name, _)| *name == layout.table());
+    let width = table.map_or(0, |(_, shape)| shape.last().copied().unwrap_or_default());
+    let set = |path: &String, tokens: &[u32]| TokenSet {
+        path: path.clone(),
+        tokens: tokens.to_vec(),
+        width,
+        tied: layout.tied,
+    };
+    let input = &layout.input_embedding;
+    match &settings.trainable_token_indices {
+        None => Vec::new(),
+        Some(TokenIndices::Embedding(tokens)) => vec![set(input, tokens)],
+        Some(TokenIndices::ByModule(modules)) => {
+            let embeddings = [input, &layout.output_embedding];
+            let named = embeddings.into_iter().filter_map(|path| {
+                let (_, tokens) = modules
+                    .iter()
+                    .find(|(name, _)| path.ends_with(name.as_str()))?;
+                Some(set(path, tokens))
+            });
+            let mut sets: Vec<TokenSet> = named.collect();
+            sets.dedup_by(|head, table| layout.tied && head.tokens == table.tokens);
+            sets
+        }
+    }
+}
+
+/// Why the rows of `trainable_token_indices` cannot be trained.
+pub(super) fn token_problem(
+    layout: &ModelLayout,
+    settings: &LoraConfig,
+    adaptation: &Adaptation,
+) -> Option<String> {
+    let key = "trainable_token_indices";
+    let embeddings = [&layout.input_embedding, &layout.output_embedding];
+    if let Some(TokenIndices::ByModule(modules)) = &settings.trainable_token_indices {
+        let is_embedding =
+            |name: &&String| embeddings.iter().any(|path| path.ends_with(name.as_str()));
+        if let Some(name) = modules.keys().find(|name| !is_embedding(name)) {
+            return Some(format!("`{name}` of `{key}` is no embedding of the model"));
+        }
+    }
+    let sets = &adaptation.tokens;
+    if layout.tied && (sets.len() > 1 || sets.iter().any(|set| set.path != layout.input_embedding))
+    {
+        return Some(format!(
+            "`{key}` names other rows of `lm_head` than of the embedding that it is tied to"
+        ));
+    }
+    let table = layout
+        .tensors
+        .iter()
+        .find(|(name, _)| *name == layout.table());
+    let vocab = table.map_or(0, |(_, shape)| shape.first().copied().unwrap_or_default());
+    for set in sets {
+        let mut seen = std::collections::BTreeSet::new();
+        let mut tokens = set.tokens.iter();
+        if let Some(token) = tokens.find(|token| **token as usize >= vocab || !seen.insert(**token))
+        {
+            let why = if seen.contains(token) {
+                "twice".to_string()
+            } else {
+                format!("but the vocabulary has {vocab} rows")
+            };
+            return Some(format!("`{key}` holds the token {token} {why}"));
+        }
+        let of_set = |path: &&&String| set.tied || **path == &set.path;
+        for path in embeddings.iter().filter(of_set) {
+            let has_lora = adaptation.sites.iter().any(|site| site.path == **path);
+            if has_lora || adaptation.trains(&format!("{path}.weight")) {
+                return Some(format!(
+                    "`{path}` is trained as a whole beside its rows of `{key}`"
+                ));
+            }
+        }
+    }
+    None
 }
 
 /// The paths of all modules that hold a tensor, directly or in a module inside them.
@@ -460,6 +592,53 @@ mod tests {
             assert_eq!(saved(names, true), (both.clone(), false), "{names:?}");
         }
         assert!(!saved(&["mlp"], true).1);
+    }
+
+    #[test]
+    fn token_rows_are_distinct_rows_of_an_embedding_that_nothing_else_trains() {
+        let by_module = |name: &str, tokens: &[u32]| {
+            let modules = [(name.to_string(), tokens.to_vec())];
+            TokenIndices::ByModule(modules.into_iter().collect())
+        };
+        let problem = |tokens: TokenIndices, saved: &[&str], tied: bool| {
+            let layout = ModelLayout { tied, ..layout() };
+            let settings = LoraConfig {
+                trainable_token_indices: Some(tokens),
+                modules_to_save: saved.iter().map(|name| name.to_string()).collect(),
+                ..LoraConfig::default()
+            };
+            let adaptation = Adaptation::new(&layout, &settings, Vec::new());
+            token_problem(&layout, &settings, &adaptation).unwrap_or_default()
+        };
+        let list = |tokens: &[u32]| TokenIndices::Embedding(tokens.to_vec());
+        assert_eq!(problem(list(&[7, 0]), &[], true), "");
+        assert_eq!(problem(by_module("lm_head", &[7]), &[], false), "");
+        assert_eq!(problem(list(&[7]), &["lm_head"], false), "");
+        for (found, word) in [
+            (problem(list(&[8]), &[], true), "8 rows"),
+            (problem(list(&[3, 3]), &[], true), "3 twice"),
+            (problem(by_module("mlp", &[3]), &[], true), "`mlp`"),
+            (problem(by_module("lm_head", &[3]), &[], true), "tied"),
+            (
+                problem(list(&[3]), &["lm_head"], true),
+                "`lm_head` is trained",
+            ),
+        ] {
+            assert!(found.contains(word), "{found}: {word}");
+        }
+        // The same rows of tied embeddings are one set.
+        let both = [("embed_tokens", vec![1, 2]), ("lm_head", vec![1, 2])];
+        let both = both.map(|(name, tokens)| (name.to_string(), tokens));
+        let settings = LoraConfig {
+            trainable_token_indices: Some(TokenIndices::ByModule(both.into_iter().collect())),
+            ..LoraConfig::default()
+        };
+        assert_eq!(
+            Adaptation::new(&layout(), &settings, Vec::new())
+                .tokens
+                .len(),
+            1
+        );
     }
 
     #[test]

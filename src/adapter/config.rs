@@ -16,7 +16,7 @@ use super::fields::Fields;
 pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
 use super::keys;
 use super::matching::{KeyPattern, first_match};
-use super::options::{Bias, LoraConfig, LoraInit, Targets};
+use super::options::{Bias, LoraConfig, LoraInit, Targets, TokenIndices};
 use super::targets::{Module, Site, shortest_names};
 
 /// The file's name in an adapter's directory.
@@ -47,6 +47,7 @@ pub struct PeftConfig {
     pub revision: Option<String>,
     pub target_modules: Option<OneOrMany<String>>,
     pub task_type: Option<String>,
+    pub trainable_token_indices: Option<TokenIndices>,
     pub use_dora: bool,
     pub use_rslora: bool,
     /// All other keys of LoraConfig.
@@ -80,6 +81,7 @@ impl Default for PeftConfig {
             revision: None,
             target_modules: None,
             task_type: None,
+            trainable_token_indices: None,
             use_dora: false,
             use_rslora: false,
             variants: keys::defaults(),
@@ -141,6 +143,7 @@ impl PeftConfig {
             revision: revision.map(str::to_string),
             target_modules: Some(OneOrMany::Many(target_modules)),
             task_type: Some("CAUSAL_LM".into()),
+            trainable_token_indices: settings.trainable_token_indices.clone(),
             use_dora: settings.use_dora,
             use_rslora: settings.use_rslora,
             ..Self::default()
@@ -180,6 +183,7 @@ impl PeftConfig {
             // A trained adapter no longer depends on its initial values.
             init_lora_weights: LoraInit::Default,
             modules_to_save: self.modules_to_save.clone().unwrap_or_default(),
+            trainable_token_indices: self.trainable_token_indices.clone(),
             ensure_weight_tying: self.ensure_weight_tying,
             use_dora: self.use_dora,
             bias: self.bias,
@@ -241,6 +245,10 @@ impl PeftConfig {
             revision: fields.optional("revision", text),
             target_modules: fields.optional("target_modules", names),
             task_type: fields.optional("task_type", text),
+            trainable_token_indices: fields.optional(
+                "trainable_token_indices",
+                "a list of token ids, or an object of such lists by module",
+            ),
             use_dora: fields.switch("use_dora"),
             use_rslora: fields.switch("use_rslora"),
             variants: fields.variants(default.variants),

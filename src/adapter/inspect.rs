@@ -151,6 +151,10 @@ fn kind(config: &PeftConfig) -> String {
             saved.is_some_and(|names| !names.is_empty()),
             "modules trained in full",
         ),
+        (
+            config.trainable_token_indices.is_some(),
+            "trained token rows",
+        ),
     ] {
         parts.extend(used.then(|| part.to_string()));
     }

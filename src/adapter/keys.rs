@@ -79,7 +79,7 @@ const KEYS: [PeftKey; 41] = [
     key("target_modules", "", Field),
     key("target_parameters", "null", Refused("LoRA on bare parameters (experts) is not supported")),
     key("task_type", "", Field),
-    key("trainable_token_indices", "null", Refused("trained token rows cannot be loaded")),
+    key("trainable_token_indices", "", Field),
     key("use_bdlora", "null", RefusedUnlessNull("block-diagonal LoRA is not supported")),
     key("use_dora", "", Field),
     key("use_qalora", "false", Refused("QALoRA pools the input, which is not plain LoRA")),

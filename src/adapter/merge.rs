@@ -75,6 +75,8 @@ enum Change<'a> {
     AddValues { values: &'a [f32], scale: f64 },
     /// Other values.
     Replace(&'a [f32]),
+    /// Other rows for some tokens.
+    ReplaceRows { tokens: &'a [u32], rows: &'a [f32] },
 }
 
 /// Writes the merged model.
@@ -201,6 +203,12 @@ fn wanted_changes<'a>(job: &MergeJob<'a>) -> Result<Vec<(Vec<String>, Change<'a>
         let change = Change::Replace(job.adapter.values(&copy.name())?);
         changes.push((copy.tensors().cloned().collect(), change));
     }
+    for set in &job.adaptation.tokens {
+        let (tokens, rows) = (&set.tokens, job.adapter.values(&set.name())?);
+        let mut names = vec![format!("{}.weight", set.path)];
+        names.extend(set.tied.then(|| job.layout.head()));
+        changes.push((names, Change::ReplaceRows { tokens, rows }));
+    }
     Ok(changes)
 }
 
@@ -270,6 +278,13 @@ impl Change<'_> {
                     update(bytes, tensor.dtype, values, |w, value| {
                         w + f64::from(value) * scale
                     })
+                }
+                Self::ReplaceRows { tokens, rows } => {
+                    let Some(place) = tokens.iter().position(|token| *token as usize == row) else {
+                        return Ok(());
+                    };
+                    let values = &rows[place * columns..];
+                    update(bytes, tensor.dtype, values, |_, value| f64::from(value))
                 }
                 Self::Replace(values) => {
                     let values = &values[row * columns..];

@@ -2,6 +2,7 @@
 //!
 //! Plain values under PEFT's names, so that a recipe can hold them.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -42,6 +43,16 @@ pub enum Bias {
     All,
     /// Those of the layers with LoRA.
     LoraOnly,
+}
+
+/// Tokens of which only the rows of the embeddings are trained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TokenIndices {
+    /// Rows of the input embedding, and of the output embedding where the two are tied.
+    Embedding(Vec<u32>),
+    /// By the ends of the embeddings' paths.
+    ByModule(BTreeMap<String, Vec<u32>>),
 }
 
 /// The initial values of the factors.
@@ -131,6 +142,8 @@ pub struct LoraConfig {
     pub init_lora_weights: LoraInit,
     /// Modules trained in full, by the ends of their paths.
     pub modules_to_save: Vec<String>,
+    /// Tokens whose embeddings are trained.
+    pub trainable_token_indices: Option<TokenIndices>,
     /// Trains tied embeddings of `modules_to_save` as one table.
     pub ensure_weight_tying: bool,
     /// DoRA: a trained magnitude for each row of the adapted weight.
@@ -157,6 +170,7 @@ impl Default for LoraConfig {
             layers_pattern: Vec::new(),
             init_lora_weights: LoraInit::Default,
             modules_to_save: Vec::new(),
+            trainable_token_indices: None,
             ensure_weight_tying: false,
             use_dora: false,
             bias: Bias::None,

@@ -14,7 +14,9 @@ use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
 use crate::text::first_few;
 
-use super::adaptation::{Adaptation, ModelLayout, PREFIX, Part, is_saved};
+use super::adaptation::{
+    Adaptation, ModelLayout, PREFIX, Part, Place, TOKEN_ROWS, is_saved, token_problem,
+};
 use super::config::{CONFIG_FILE, PeftConfig};
 pub use super::directory::{WEIGHTS_FILE, load_config};
 use super::directory::{WeightsFile, to_f32};
@@ -103,7 +105,7 @@ pub(super) fn check(config: PeftConfig, file: &WeightsFile) -> Result<Checked> {
 
 fn read_tensor(name: &str, view: &TensorView, config: &PeftConfig) -> Result<StoredValues, String> {
     let shape = view.shape().to_vec();
-    if saved_weight(name, config).is_none() {
+    if saved_weight(name, config).is_none() && !is_token_rows(name, config) {
         let (_, part) = parse_tensor_name(name)?;
         let dimensions = if matches!(part, Part::Magnitude | Part::Bias) {
             1
@@ -140,8 +142,16 @@ fn saved_weight<'n>(name: &'n str, config: &PeftConfig) -> Option<&'n str> {
     let names = config.modules_to_save.as_deref().unwrap_or_default();
     let bias = tensor.ends_with(".bias") && !tensor.ends_with(Part::Bias.suffix());
     // Where the tie is ensured the other embedding is saved too, although no name is its own.
-    let tied = config.ensure_weight_tying && !names.is_empty() && parse_tensor_name(name).is_err();
+    let tied = config.ensure_weight_tying
+        && !names.is_empty()
+        && parse_tensor_name(name).is_err()
+        && !name.ends_with(TOKEN_ROWS);
     (is_saved(tensor, names) || tied || (bias && config.bias != Bias::None)).then_some(tensor)
+}
+
+/// Whether the tensor `name` holds the trained rows of an embedding.
+fn is_token_rows(name: &str, config: &PeftConfig) -> bool {
+    config.trainable_token_indices.is_some() && name.ends_with(TOKEN_ROWS)
 }
 
 /// Factors without their counterpart, parts that the configuration does not have, and shapes that contradict its rank.
@@ -250,6 +260,7 @@ impl LoadedAdapter {
             ));
         }
         problems.extend(self.weight_mismatches(&adaptation));
+        problems.extend(token_problem(layout, &settings, &adaptation));
         problems.extend(adaptation.unsupported(&settings));
         let base = self
             .config
@@ -276,17 +287,24 @@ impl LoadedAdapter {
 
     /// Weights saved in full that the model lacks, that have another shape, or that are missing.
     fn weight_mismatches(&self, adaptation: &Adaptation) -> Vec<String> {
-        let wanted: BTreeMap<String, &[usize]> = adaptation
-            .copies
-            .iter()
-            .flat_map(|copy| copy.names().map(|name| (name, copy.shape.as_slice())))
+        let trained = adaptation.tensors().into_iter();
+        let whole = trained.filter(|tensor| !matches!(tensor.place, Place::Part(..)));
+        let wanted: BTreeMap<String, Vec<usize>> = whole
+            .flat_map(|tensor| {
+                tensor
+                    .names()
+                    .into_iter()
+                    .map(move |name| (name, tensor.shape.clone()))
+            })
             .collect();
         let stored = self.tensors.iter();
-        let stored = stored.filter(|(name, _)| saved_weight(name, &self.config).is_some());
+        let stored = stored.filter(|(name, _)| {
+            saved_weight(name, &self.config).is_some() || is_token_rows(name, &self.config)
+        });
         let mut problems = Vec::new();
         for (name, tensor) in stored {
             match wanted.get(name) {
-                Some(shape) if tensor.shape == *shape => {}
+                Some(shape) if tensor.shape == **shape => {}
                 Some(shape) => problems.push(format!(
                     "`{name}`: its shape is {:?}, the model's {shape:?}",
                     tensor.shape
@@ -298,7 +316,7 @@ impl LoadedAdapter {
             .keys()
             .filter(|name| !self.tensors.contains_key(*name));
         problems.extend(missing.map(|name| {
-            format!("`{name}`: `modules_to_save` or `bias` of `{CONFIG_FILE}` names it, but `{WEIGHTS_FILE}` lacks it")
+            format!("`{name}`: `modules_to_save`, `bias` or `trainable_token_indices` of `{CONFIG_FILE}` names it, but `{WEIGHTS_FILE}` lacks it")
         }));
         problems
     }
@@ -382,7 +400,7 @@ impl LoadedAdapter {
             .collect();
         let mut problems = Vec::new();
         for (name, tensor) in &self.tensors {
-            if saved_weight(name, &self.config).is_some() {
+            if saved_weight(name, &self.config).is_some() || is_token_rows(name, &self.config) {
                 continue;
             }
             let Ok((path, part)) = parse_tensor_name(name) else {
@@ -501,7 +519,7 @@ pub fn save(
             Error::new(Kind::Adapter, format!("`{name}` cannot be saved: {why}"))
                 .value(format!("{shape:?}"))
         };
-        if saved_weight(name, config).is_none() {
+        if saved_weight(name, config).is_none() && !is_token_rows(name, config) {
             parse_tensor_name(name).map_err(|why| refuse(why.to_string()))?;
         }
         if !seen.insert(name) {

@@ -126,7 +126,7 @@ const RULES: [Rule; 27] = [
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.use_dora, "DoRA (`use_dora`)")),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.bias != Bias::None, "trained biases (`bias`)")),
     rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.lora_bias, "biases on B (`lora_bias`)")),
-    rule(ALL_BUT_PEFT, Refuses, |config, _| is_set(config, "trainable_token_indices", "trained token rows (`trainable_token_indices`)")),
+    rule(ALL_BUT_PEFT, Refuses, |config, _| when(config.trainable_token_indices.is_some(), "trained token rows (`trainable_token_indices`)")),
     rule(&[LlamaCpp], Differs, |config, _| when(config.use_rslora,
         "scales by alpha / r whatever `use_rslora` says, and so too weakly: `use_rslora = false` with `lora_alpha` times sqrt(r) means the same everywhere")),
     rule(&[Vllm, LlamaCpp], Differs, |config, _| when(!config.alpha_pattern.0.is_empty(), "ignores `alpha_pattern` and scales every module by `lora_alpha`")),
@@ -278,6 +278,7 @@ fn unprefixed(names: &[&str]) -> Option<String> {
 mod tests {
     use super::*;
     use crate::adapter::config::{JsonNumber, ModulePattern};
+    use crate::adapter::options::TokenIndices;
 
     fn plain() -> PeftConfig {
         PeftConfig {
@@ -320,12 +321,7 @@ mod tests {
             (|c| c.lora_bias = true, refused),
             (|c| c.modules_to_save = Some(vec!["score".into()]), refused),
             (
-                |c| {
-                    drop(
-                        c.variants
-                            .insert("trainable_token_indices".into(), [1].into()),
-                    )
-                },
+                |c| c.trainable_token_indices = Some(TokenIndices::Embedding(vec![1])),
                 refused,
             ),
             (|c| c.peft_type = Some("IA3".into()), refused),

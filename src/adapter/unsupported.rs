@@ -128,7 +128,7 @@ fn unsupported_tensor(inner: &str) -> &'static str {
     if is_factor {
         "the adapter's name is part of it: the file is a raw state dict; save it again with PEFT's save_pretrained"
     } else if has(".token_adapter.") {
-        "trained token rows cannot be loaded"
+        "trained token rows that `trainable_token_indices` does not name"
     } else if has(".lora_") {
         "a part of a LoRA variant that is not plain LoRA"
     } else if has("embed_tokens.") || has("lm_head.") || has(".wte.") {
@@ -211,6 +211,7 @@ mod tests {
             "\"loftq_config\":{}",
             "\"fan_in_fan_out\":true",
             "\"use_dora\":null",
+            "\"trainable_token_indices\":[1]",
         ] {
             assert_eq!(
                 unsupported_settings(&with(harmless)),
@@ -223,7 +224,6 @@ mod tests {
             (r#""rank_pattern":{"q":0}"#, "at least 1"),
             (r#""use_dora":true,"lora_bias":true"#, "refuses the two"),
             (r#""use_qalora":true"#, "QALoRA"),
-            (r#""trainable_token_indices":[1]"#, "token rows"),
             (r#""target_parameters":["x"]"#, "experts"),
             (r#""alora_invocation_tokens":[1]"#, "activated"),
             (r#""layer_replication":[[0,4]]"#, "layers"),

@@ -10,6 +10,7 @@ use super::architecture::{Architecture, LinearSpec, TensorShape};
 use super::backward::{BackwardNeeds, BackwardRange};
 use super::head::ClassifierShape;
 use super::linears::Linears;
+use super::recompute::Recompute;
 use super::residual::{BranchNorms, BranchShape};
 use super::trained::{
     FrozenSize, TrainedBlock, TrainedEmbedding, TrainedLinear, TrainedNames, is_tied,
@@ -19,35 +20,9 @@ use crate::ops::{
     Activation, LinearShape, LmHeadShape, LoraShape, add_scaled_cost, attention_backward_cost,
     attention_decode_cost, attention_forward_cost, columns_cost, dtype, embedding_backward_cost,
     embedding_cost, lora_embedding_backward_cost, lora_embedding_cost, norm_backward_cost,
-    norm_cost, residual_cost, rope_cost, scale_cost,
+    norm_cost, residual_cost, rope_cost, scale_cost, token_rows_backward_cost, token_rows_cost,
 };
 use crate::work::{Precision, Work};
-
-/// Activation checkpointing (Chen et al. 2016): of this many blocks only the input is saved, and
-/// their forward pass runs again in the backward pass.
-///
-/// They are the lowest of the blocks that the backward pass visits: by then the memory of the
-/// others is free again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Recompute(usize);
-
-impl Recompute {
-    /// In no block.
-    pub const NONE: Self = Self(0);
-    /// In every block.
-    pub const ALL: Self = Self(usize::MAX);
-
-    /// In the lowest `blocks` of those that the backward pass visits, or in all of them if there
-    /// are fewer.
-    pub fn lowest(blocks: usize) -> Self {
-        Self(blocks)
-    }
-
-    /// In how many of the `visited` blocks.
-    pub fn count(self, visited: usize) -> usize {
-        self.0.min(visited)
-    }
-}
 
 /// The tokens of a micro-batch, and the lengths of the segments that attend to themselves.
 #[derive(Clone, Copy)]
@@ -79,6 +54,8 @@ pub struct ModelShape {
     /// Of the layers of the head, the output last.
     head: Vec<TrainedLinear>,
     frozen: FrozenSize,
+    /// Rows of the input and of the output embedding that are trained alone.
+    pub(super) token_rows: [usize; 2],
     /// Initial factors that are kept because the base weights have lost them.
     kept_factors: u64,
     dropout: bool,
@@ -110,8 +87,11 @@ impl ModelShape {
             weight: &|tensor| adaptation.trains(tensor),
             tied: is_tied(architecture, adaptation),
         };
+        let names = &architecture.names;
+        let embeddings = [names.embed_tokens_path(), names.lm_head.to_string()];
         Self {
             kept_factors: kept_factors as u64,
+            token_rows: embeddings.map(|path| adaptation.token_rows(&path)),
             ..Self::new(architecture, &trained, dropout, precision)
         }
     }
@@ -161,6 +141,7 @@ impl ModelShape {
             head: trained.head(architecture),
             frozen: trained.frozen_size(architecture, &tensors),
             architecture: architecture.clone(),
+            token_rows: [0; 2],
             kept_factors: 0,
             dropout,
             precision,
@@ -184,7 +165,7 @@ impl ModelShape {
     /// The blocks that the backward pass visits.
     pub(super) fn backward_range(&self) -> BackwardRange {
         let trained = self.blocks.iter().map(TrainedBlock::any);
-        BackwardRange::new(trained, self.embedding.any())
+        BackwardRange::new(trained, self.embedding.any() || self.token_rows[0] > 0)
     }
 
     /// The number of blocks that the backward pass visits.
@@ -422,6 +403,7 @@ impl ModelShape {
             vocab: a.vocab_size,
             stored: self.head.last().and_then(|output| output.stored),
             trained: self.trained_embeddings()[1],
+            token_rows: self.token_rows[1],
             lora: self.head.last().and_then(|output| output.lora),
             dropout: false,
             softcap: a.logits_softcap.is_some(),
@@ -463,6 +445,9 @@ impl ModelShape {
         if parts.norm.is_some() {
             work += &norm_cost(a.norm_kind, tokens, c);
         }
+        if self.token_rows[0] > 0 {
+            work += &token_rows_cost(tokens, c);
+        }
         work
     }
 
@@ -480,11 +465,15 @@ impl ModelShape {
         for rows in rows.chain(token_types.map(|table| table.rows)) {
             work += &embedding_backward_cost(n, c, rows);
         }
-        if trained.tokens || trained.lora.is_some() {
+        let token_rows = self.token_rows[0];
+        if trained.tokens || trained.lora.is_some() || token_rows > 0 {
             work += &scale_cost(n, c, a.embedding_factor(self.precision));
         }
         if trained.tokens {
             work += &embedding_backward_cost(n, c, a.vocab_size);
+        }
+        if token_rows > 0 {
+            work += &token_rows_backward_cost(n, c, token_rows);
         }
         if let Some(lora) = trained.lora {
             work += &lora_embedding_backward_cost(n, c, lora.r, a.vocab_size);

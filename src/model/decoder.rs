@@ -10,14 +10,15 @@ use super::backward::BackwardRange;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::builder::{Builder, WeightSource};
-use super::cost::{ModelShape, Recompute, gather_cost, scatter_cost};
+use super::cost::{ModelShape, gather_cost, scatter_cost};
 use super::embedding::{Embedding, EmbeddingSaved};
 use super::head::{DecoderHead, Pooling};
 use super::kv_cache::KvCache;
+use super::recompute::Recompute;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{
-    Context, Gradients, LmHead, Norm, NormSaved, Rope, RopeTables, Segments, cross_entropy,
-    gather_rows, par_map, scatter_rows,
+    Context, Gradients, LmHead, Norm, NormSaved, Rope, RopeTables, Segments, TokenRows,
+    cross_entropy, gather_rows, par_map, scatter_rows,
 };
 use crate::work::{Work, WorkCounter};
 
@@ -84,7 +85,14 @@ impl Decoder {
         let head = builder.head(&embed_tokens)?;
         let embedding = builder.embedding(embed_tokens)?;
         let norm = builder.last_norm()?;
-        let shape = builder.shape();
+        let of_head = match &head {
+            DecoderHead::Vocabulary(head) => head.weight.token_rows(),
+            DecoderHead::Classifier(_) => None,
+        };
+        let rows = [embedding.tokens.token_rows(), of_head];
+        let rows = rows.map(|rows| rows.map_or(0, TokenRows::len));
+        let mut shape = builder.shape();
+        shape.token_rows = rows;
         Ok(Self {
             backward: shape.backward_range(),
             shape,

@@ -131,12 +131,16 @@ impl Embedding {
                 embedding_backward(context, rows, &dx, table, gradients)?;
             }
         }
-        if !self.tokens.is_trained() && self.lora.is_none() {
+        let token_rows = self.tokens.token_rows();
+        if !self.tokens.is_trained() && self.lora.is_none() && token_rows.is_none() {
             return Ok(());
         }
         let dx = scale(context, &dx, factor)?;
         if self.tokens.is_trained() {
             embedding_backward(context, ids, &dx, &self.tokens, gradients)?;
+        }
+        if let Some(rows) = token_rows {
+            rows.embedding_backward(context, ids, &dx, gradients)?;
         }
         match &self.lora {
             Some(lora) => lora_embedding_backward(context, ids, &dx, lora, gradients),

@@ -5,7 +5,8 @@
 //! bytes by use. Reads nothing of the machine.
 
 use super::batch::max_shards;
-use super::cost::{ModelShape, Recompute};
+use super::cost::ModelShape;
+use super::recompute::Recompute;
 use crate::ops::dtype;
 use crate::units::Bytes;
 

@@ -13,7 +13,7 @@ use crate::adapter::{
     Adaptation, AdapterTensor, Factors, LoadedAdapter, LoraInit, Part, Place, Site, kaiming_uniform,
 };
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Lora, Magnitude, Parameters, Slot, Weight, dtype};
+use crate::ops::{Lora, Magnitude, Parameters, Slot, TokenRows, Weight, dtype};
 use crate::work::Precision;
 
 /// A decoder and its trainable parameters.
@@ -89,6 +89,11 @@ impl AdapterStart {
             }
             Place::Part(site, part) => Ok(vec![0.0; part.shape(site).iter().product()]),
             Place::Weight(copy) => weights.values_or_random(&copy.tensor, &copy.shape, seed),
+            Place::Tokens(set) => {
+                let table = weights.frozen_values(&format!("{}.weight", set.path), set.width)?;
+                let row = |token: &u32| table[*token as usize * set.width..][..set.width].to_vec();
+                Ok(set.tokens.iter().flat_map(row).collect())
+            }
         }
     }
 }
@@ -121,7 +126,7 @@ impl TrainableModel {
         };
         let parameters = Parameters::from_fn(shapes, values, device)?;
         let name = |tensor: &AdapterTensor<'_>| match tensor.place {
-            Place::Part(..) => tensor.name.clone(),
+            Place::Part(..) | Place::Tokens(_) => tensor.name.clone(),
             Place::Weight(copy) => copy.tensor.clone(),
         };
         let slots: HashMap<String, usize> = tensors.iter().map(name).zip(0..).collect();
@@ -150,9 +155,21 @@ impl TrainableModel {
         };
         let source = WeightSource {
             tied: is_tied(architecture, adaptation),
-            weight: &|name, shape| match trained(name)? {
-                Some(copy) => Ok(copy),
-                None => weight(name, shape),
+            weight: &|name, shape| {
+                if let Some(copy) = trained(name)? {
+                    return Ok(copy);
+                }
+                let frozen = weight(name, shape)?;
+                let path = name.strip_suffix(".weight").unwrap_or_default();
+                let set = adaptation.tokens.iter().find(|set| set.path == path);
+                let rows = set.map(|set| Ok::<_, Error>((set, trained(&set.name())?)));
+                match rows.transpose()? {
+                    Some((set, Some(rows))) => {
+                        let rows = TokenRows::new(rows, &set.tokens, shape[0], device)?;
+                        Ok(frozen.with_token_rows(rows))
+                    }
+                    _ => Ok(frozen),
+                }
             },
             lora: &lora,
         };

@@ -37,10 +37,15 @@ pub fn embedding(context: Context<'_>, ids: &Tensor, table: &Weight) -> Result<T
     context
         .counter
         .add(embedding_cost(ids.dims1()?, c, table.stored_format()));
-    if table.stored_format().is_some() {
-        return table.gather_dequantized(ids);
+    let x = if table.stored_format().is_some() {
+        table.gather_dequantized(ids)?
+    } else {
+        gather_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?
+    };
+    match table.token_rows() {
+        Some(rows) => rows.replace(context, ids, &x),
+        None => Ok(x),
     }
-    Ok(gather_rows(context, &table.tensor, ids)?.to_dtype(DType::F32)?)
 }
 
 /// Adds dx (N, C) to the gradient of the trained table, at rows `ids`.

@@ -31,6 +31,9 @@ mod segments;
 mod simd;
 mod softcap;
 mod storage;
+mod token_rows;
+
+pub use token_rows::{TokenRows, token_rows_backward_cost, token_rows_cost};
 
 pub use activation::{Activation, ActivationSaved};
 pub use adamw::{AdamW, adamw_cost};

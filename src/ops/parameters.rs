@@ -12,6 +12,7 @@ use super::gemm::{MatRef, PackedWeightCache, Values};
 use super::parallel::par_for_each;
 use super::quantized::{QuantizedSlice, StoredFormat};
 use super::storage::{CpuTensor, check_shape};
+use super::token_rows::TokenRows;
 use crate::error::{Error, Kind, Result};
 
 /// A weight that ops read: frozen, or a view of a trained slot.
@@ -23,6 +24,8 @@ pub struct Weight {
     quantized: Option<(StoredFormat, [usize; 2])>,
     /// Index of its slot in the parameters; `None` if frozen.
     pub slot: Option<usize>,
+    /// Trained rows of a frozen embedding.
+    pub(super) token_rows: Option<Arc<TokenRows>>,
     /// Packed forms that are reused across GEMMs.
     pub(super) packings: Option<Arc<PackedWeightCache>>,
 }
@@ -34,6 +37,7 @@ impl Weight {
             tensor,
             quantized: None,
             slot: None,
+            token_rows: None,
             packings: None,
         }
     }
@@ -120,6 +124,17 @@ impl Weight {
             values.decode(*id as usize * columns, out)
         });
         Ok(Tensor::from_vec(out, (ids.len(), columns), &Device::Cpu)?)
+    }
+
+    /// An embedding, or an output embedding, some rows of which are trained.
+    pub fn with_token_rows(self, rows: TokenRows) -> Self {
+        let token_rows = Some(Arc::new(rows));
+        Self { token_rows, ..self }
+    }
+
+    /// The trained rows, if any.
+    pub fn token_rows(&self) -> Option<&TokenRows> {
+        self.token_rows.as_deref()
     }
 
     /// Caches the packed forms of a frozen weight, one for each direction: twice its size in f32.
@@ -269,6 +284,7 @@ impl Parameters {
             tensor: view,
             quantized: None,
             slot: Some(index),
+            token_rows: None,
             packings: None,
         })
     }

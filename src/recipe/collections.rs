@@ -10,7 +10,7 @@ use super::reader::Field;
 use super::setting::{Setting, Values, values};
 use super::suggest;
 use super::tree::{Entry, Node, Raw};
-use crate::adapter::options::Targets;
+use crate::adapter::options::{Targets, TokenIndices};
 use crate::data::options::COLUMN_FIELDS;
 
 /// The word for "every linear layer except the output embedding".
@@ -211,6 +211,56 @@ impl Setting for Vec<usize> {
     fn write(&self) -> Option<Value> {
         let layers = self.iter().filter_map(Setting::write);
         Some(layers.collect::<Array>().into())
+    }
+}
+
+/// A list of token ids.
+fn tokens(raw: &Raw) -> Option<Vec<u32>> {
+    let Raw::List(items) = raw else {
+        return None;
+    };
+    let ids = items
+        .iter()
+        .map(|item| index(&item.raw).map(|id| id as u32));
+    ids.collect::<Option<Vec<u32>>>()
+        .filter(|ids| !ids.is_empty())
+}
+
+impl Setting for TokenIndices {
+    fn values(_: &Key) -> Values {
+        let token = json!({ "type": "integer", "minimum": 0 });
+        let list = json!({ "type": "array", "items": token, "minItems": 1 });
+        let by_module = json!({ "type": "object", "additionalProperties": list.clone() });
+        values(
+            "a list of token ids, or a table of such lists by module",
+            json!({ "anyOf": [list, by_module] }),
+        )
+    }
+
+    fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
+        if let Raw::Table(_) = &node.raw {
+            let modules = read_table(node, field, |_, _| true, tokens)?;
+            return Some(Self::ByModule(modules.into_iter().collect()));
+        }
+        tokens(&node.raw)
+            .map(Self::Embedding)
+            .or_else(|| field.invalid(node))
+    }
+
+    fn write(&self) -> Option<Value> {
+        let list = |tokens: &[u32]| {
+            tokens
+                .iter()
+                .map(|token| i64::from(*token))
+                .collect::<Array>()
+        };
+        Some(match self {
+            Self::Embedding(tokens) => list(tokens).into(),
+            Self::ByModule(modules) => {
+                let entries = modules.iter().map(|(name, tokens)| (name, list(tokens)));
+                entries.collect::<InlineTable>().into()
+            }
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use super::key::*;
 use super::larger_model::LargerModel;
 use super::reader::Reader;
 use super::setting::Setting;
-use crate::adapter::options::{Bias, LoraConfig, LoraInit, Targets};
+use crate::adapter::options::{Bias, LoraConfig, LoraInit, Targets, TokenIndices};
 use crate::data::options::{Format, OnBadRecord, PromptTemplate, TxtUnit};
 use crate::energy::options::{DeviceRef, GridRef, Limits, MeterKind};
 use crate::train::schedule::Decay;
@@ -174,6 +174,8 @@ section! {
         init_lora_weights: LoraInit = default("\"default\"").known_as(&["init_weights"]),
         /// Modules trained in full beside LoRA, by the ends of their paths
         modules_to_save: Vec<String> = optional("[\"lm_head\"]"),
+        /// Tokens whose embeddings are trained: a list, or lists by module, { embed_tokens = [5], lm_head = [5] }
+        trainable_token_indices: Option<TokenIndices> = optional("[5, 7]"),
         /// Train tied embeddings of modules_to_save as one table
         ensure_weight_tying: bool = default("false"),
         /// DoRA: train a magnitude for each row of the adapted weights

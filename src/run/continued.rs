@@ -20,7 +20,12 @@ const SELECTION: [&str; 3] = ["target_modules", "exclude_modules", "layers_to_tr
 const RANK: [&str; 2] = ["r", "rank_pattern"];
 const ALPHA: [&str; 2] = ["lora_alpha", "alpha_pattern"];
 const SCALING: [&str; 1] = ["use_rslora"];
-const SAVED: [&str; 3] = ["modules_to_save", "ensure_weight_tying", "bias"];
+const SAVED: [&str; 4] = [
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+    "bias",
+];
 const PARTS: [&str; 2] = ["use_dora", "lora_bias"];
 const INIT: [&str; 1] = ["init_lora_weights"];
 
@@ -81,6 +86,9 @@ fn with_given_keys(lora: &Lora, adapter: &LoraConfig) -> LoraConfig {
         layers_pattern: adapter.layers_pattern.clone(),
         init_lora_weights: adapter.init_lora_weights,
         modules_to_save: given("modules_to_save").modules_to_save.clone(),
+        trainable_token_indices: given("trainable_token_indices")
+            .trainable_token_indices
+            .clone(),
         ensure_weight_tying: given("ensure_weight_tying").ensure_weight_tying,
         use_dora: given("use_dora").use_dora,
         bias: given("bias").bias,
@@ -130,6 +138,9 @@ impl Comparison<'_> {
             copies.flat_map(|copy| copy.tensors().cloned()).collect()
         };
         let (recipe_names, own) = (names(&recipe), names(self.adaptation));
+        if recipe.tokens != self.adaptation.tokens {
+            return Some("the rows that it trains are others".to_string());
+        }
         if recipe_names == own && recipe.unties == self.adaptation.unties {
             return None;
         }

@@ -10,7 +10,7 @@ use crate::adapter::targets::check_ranks;
 use crate::adapter::{Adaptation, LoraConfig, LoraInit, PeftConfig, check_portable};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Architecture, ModelShape};
-use crate::recipe::{Adapter, Recipe};
+use crate::recipe::{Adapter, Quantization, Recipe};
 
 /// The layers that the recipe trains. With `init_from` the recipe gets the adapter's settings.
 ///
@@ -31,6 +31,16 @@ pub(super) fn target(recipe: &mut Recipe, architecture: &Architecture) -> Result
         return Ok(Target::All);
     };
     let layout = architecture.layout();
+    let quantised = recipe.model.quantization != Quantization::None;
+    if quantised && lora.config.init_lora_weights.changes_the_base() {
+        let init = lora.config.init_lora_weights;
+        return Err(Error::new(
+            Kind::Adapter,
+            format!("`init_lora_weights = \"{init}\"` cannot change quantised weights"),
+        )
+        .key("adapter.init_lora_weights")
+        .hint("write `quantization = \"none\"` in [model], or `init_lora_weights = \"default\"`"));
+    }
     let target = match lora.init_from.clone() {
         Some(path) => {
             continue_adapter(lora, &path, &layout).map_err(|e| e.key("adapter.init_from"))?

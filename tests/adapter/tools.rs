@@ -94,10 +94,17 @@ fn every_trained_value_of_pefts_adapters_is_counted() {
         assert_eq!(found.parameters, expected, "{dir:?}");
         assert_eq!(found.problems, Vec::<String>::new(), "{dir:?}");
         let refused = found.portability[1].effect == Effect::Refuses;
-        let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        let plain = name.starts_with("lora_table")
-            || matches!(name.as_str(), "lora_head" | "lora_both_of_tied");
-        assert_eq!(refused, !plain, "{name}: {:?}", found.portability);
+        let text = std::fs::read_to_string(dir.join("golden.json")).unwrap();
+        let settings = serde_json::from_str::<Value>(&text).unwrap()["settings"].take();
+        let others = [
+            "modules_to_save",
+            "use_dora",
+            "bias",
+            "lora_bias",
+            "trainable_token_indices",
+        ];
+        let is_more = others.iter().any(|key| settings.get(key).is_some());
+        assert_eq!(refused, is_more, "{dir:?}: {:?}", found.portability);
     }
 }
 

@@ -5,7 +5,7 @@ use super::lab::{Lab, flags, microjoules, number, set};
 use super::resume::{killed_at_checkpoint, resume};
 
 /// Keys of recipes, one adapter each.
-const ADAPTERS: [&[&str]; 7] = [
+const ADAPTERS: [&[&str]; 8] = [
     &["adapter.modules_to_save=[\"lm_head\"]"],
     &[
         "adapter.modules_to_save=[\"embed_tokens\", \"norm\"]",
@@ -21,6 +21,10 @@ const ADAPTERS: [&[&str]; 7] = [
         "adapter.lora_dropout=0.1",
     ],
     &["adapter.use_dora=true", "adapter.lora_dropout=0.1"],
+    &[
+        "adapter.trainable_token_indices=[7, 5, 300]",
+        "adapter.loraplus_lr_ratio=4",
+    ],
     &[
         "adapter.init_lora_weights=pissa_niter_4",
         "adapter.use_rslora=true",
@@ -72,14 +76,11 @@ fn every_adapter_merges_to_a_model_of_the_same_loss() {
         );
         assert!((base - adapted).abs() > 0.02, "{keys:?}: {base}, {adapted}");
         // Continued without a step at a rate above 0, the loss stays.
-        let config = lab.json(&["adapter", "inspect", &adapter])["config"].take();
-        let continued = [
-            format!("adapter.init_from={adapter}"),
-            format!("adapter.r={}", config["r"]),
-            format!("adapter.lora_alpha={}", config["lora_alpha"]),
-        ];
-        let continued = continued.each_ref().map(String::as_str);
-        let report = lab.train(&format!("{run}b"), &with(&continued, &["train.steps=1"]));
+        let ranks = "r = 2\nlora_alpha = 6\n";
+        lab.edit(ranks, "");
+        let from = format!("adapter.init_from={adapter}");
+        let report = lab.train(&format!("{run}b"), &set(&[&from, "train.steps=1"]));
+        lab.edit("[adapter]\n", &format!("[adapter]\n{ranks}"));
         let before = number(&report, "/training/val_loss_before");
         assert!(
             (before - adapted).abs() < 1e-6,
@@ -149,6 +150,7 @@ fn an_initialisation_is_refused_where_it_cannot_be_applied_or_saved() {
     for (keys, word) in [
         (&["adapter.target_modules=[\"lm_head\"]"][..], "`lm_head`"),
         (&["adapter.use_dora=true"], "`use_dora`"),
+        (&["model.quantization=nf4"], "quantised weights"),
         (
             &[
                 "adapter.use_rslora=true",

@@ -19,6 +19,7 @@ use super::softcap::{
     CAP_OPERATIONS, SLOPE_OPERATIONS, capped, capped_gradient, capped_tensor, slope,
 };
 use super::storage::{CpuTensor, ELEMENTS_PER_TASK, check_shape, f32_tensor};
+use super::token_rows::{TokenRows, token_logits_backward_cost, token_logits_cost};
 use super::{
     Context, DropoutMask, Gradients, InputGradient, Linear, LinearShape, Lora, LoraShape, Path,
     StoredFormat, Weight, matmul, softmax,
@@ -71,6 +72,8 @@ pub struct LmHeadShape {
     pub stored: Option<StoredFormat>,
     /// Whether W is trained.
     pub trained: bool,
+    /// Rows of W that are trained alone.
+    pub token_rows: usize,
     /// Whether logits are capped.
     pub softcap: bool,
     /// The adapter.
@@ -116,12 +119,21 @@ impl LmHeadShape {
 
     /// Work of the logits of all rows.
     pub fn logits_cost(&self, precision: Precision) -> Work {
-        let product = self.linear(self.loss_tokens).forward_cost(precision);
+        let product = self.product_cost(self.loss_tokens, precision);
         if !self.softcap {
             return product;
         }
         let logits = self.loss_tokens * self.vocab;
         product + Work::sweep(8 * logits, CAP_OPERATIONS * logits)
+    }
+
+    /// Work of the logits of `rows` rows before the cap.
+    fn product_cost(&self, rows: usize, precision: Precision) -> Work {
+        let product = self.linear(rows).forward_cost(precision);
+        if self.token_rows == 0 {
+            return product;
+        }
+        product + token_logits_cost(rows, self.hidden, self.token_rows, precision)
     }
 
     /// Work of the losses alone.
@@ -130,7 +142,7 @@ impl LmHeadShape {
         let sweep =
             |rows: usize| Work::sweep(4 * rows * self.vocab, operations * rows * self.vocab);
         self.row_chunks()
-            .map(|rows| self.linear(rows).forward_cost(precision) + sweep(rows))
+            .map(|rows| self.product_cost(rows, precision) + sweep(rows))
             .sum()
     }
 
@@ -141,6 +153,10 @@ impl LmHeadShape {
         for rows in self.row_chunks() {
             work += &Work::sweep(8 * rows * self.vocab, operations * rows * self.vocab);
             work += &self.linear(rows).backward_cost(precision, input_gradient);
+            if self.token_rows > 0 {
+                let (c, n) = (self.hidden, self.token_rows);
+                work += &token_logits_backward_cost(rows, c, n, precision, input_gradient);
+            }
         }
         work
     }
@@ -169,6 +185,7 @@ impl LmHead {
             vocab,
             stored: self.weight.stored_format(),
             trained: self.weight.is_trained(),
+            token_rows: self.weight.token_rows().map_or(0, TokenRows::len),
             softcap: self.softcap.is_some(),
             lora: self.lora.as_ref().map(Lora::shape).transpose()?,
             dropout: false,
@@ -197,13 +214,16 @@ impl LmHead {
         let shape = self.shape(h.dims2()?.0)?;
         let (n, hidden, vocab) = (shape.loss_tokens, shape.hidden, shape.vocab);
         context.counter.add(shape.logits_cost(context.precision));
-        if self.lora.is_some() {
+        if self.lora.is_some() || shape.token_rows > 0 {
             let uncounted = WorkCounter::default();
             let context = Context {
                 counter: &uncounted,
                 ..context
             };
-            let (logits, _) = self.linear().forward(context, h, None, None)?;
+            let (mut logits, _) = self.linear().forward(context, h, None, None)?;
+            if let Some(rows) = self.weight.token_rows() {
+                logits = rows.replace_logits(context, h, &logits)?;
+            }
             return capped_tensor(logits, self.softcap);
         }
         if context.path(h) != Path::Cpu {
@@ -276,7 +296,8 @@ impl LmHead {
         shape: LmHeadShape,
         mut backward: Option<Backward<'_>>,
     ) -> Result<Losses> {
-        if context.path(h) == Path::Cpu && !shape.trained && shape.lora.is_none() {
+        let is_frozen = !shape.trained && shape.lora.is_none() && shape.token_rows == 0;
+        if context.path(h) == Path::Cpu && is_frozen {
             let backward = backward.filter(|backward| backward.input_gradient);
             let scale = backward.map(|backward| backward.scale);
             return self.fused_linear_cross_entropy(context, h, targets, scale);
@@ -316,7 +337,11 @@ impl LmHead {
         let masks = backward.as_ref().and_then(|backward| backward.masks);
         let mask = masks.map(|masks| masks(rows));
         let linear = self.linear();
-        let (logits, saved) = linear.forward(context, h, mask, None)?;
+        let (mut logits, saved) = linear.forward(context, h, mask, None)?;
+        let rows = self.weight.token_rows();
+        if let Some(rows) = rows {
+            logits = rows.replace_logits(context, h, &logits)?;
+        }
         let op = CrossEntropy {
             targets,
             scale: backward.as_ref().map(|backward| backward.scale),
@@ -332,7 +357,16 @@ impl LmHead {
         };
         let wanted = InputGradient::when(backward.input_gradient);
         let gradients = &mut *backward.gradients;
-        let dh = linear.backward(context, &dz, Some(h), &saved, wanted, gradients)?;
+        let mut of_rows = None;
+        let mut dz = dz;
+        if let Some(rows) = rows {
+            let wanted = backward.input_gradient;
+            (dz, of_rows) = rows.logits_backward(context, h, &dz, wanted, gradients)?;
+        }
+        let mut dh = linear.backward(context, &dz, Some(h), &saved, wanted, gradients)?;
+        if let (Some(sum), Some(part)) = (&dh, of_rows) {
+            dh = Some((sum + part)?);
+        }
         Ok((losses, dh))
     }
 }

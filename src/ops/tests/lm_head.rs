@@ -76,6 +76,7 @@ fn shape(loss_tokens: usize, hidden: usize, vocab: usize, trained: bool) -> LmHe
         vocab,
         stored: None,
         trained,
+        token_rows: 0,
         softcap: false,
         lora: None,
         dropout: false,
