@@ -30,10 +30,10 @@ pub fn unsupported_settings(config: &PeftConfig) -> Vec<String> {
     if let Some(task) = config
         .task_type
         .as_deref()
-        .filter(|task| !["CAUSAL_LM", "SEQ_CLS"].contains(task))
+        .filter(|task| !["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"].contains(task))
     {
         reasons.push(format!(
-            "`task_type` is `{task}`: only `CAUSAL_LM` and `SEQ_CLS` are supported"
+            "`task_type` is `{task}`: only `CAUSAL_LM`, `SEQ_CLS` and `TOKEN_CLS` are supported"
         ));
     }
     if config.r == 0 || config.rank_pattern.0.iter().any(|(_, r)| *r == 0) {
@@ -245,7 +245,7 @@ mod tests {
                 "{extra}: {reasons:?}"
             );
         }
-        let wrong_kind = r#"{"peft_type":"IA3","task_type":"TOKEN_CLS"}"#;
+        let wrong_kind = r#"{"peft_type":"IA3","task_type":"FEATURE_EXTRACTION"}"#;
         assert_eq!(
             unsupported_settings(
                 &PeftConfig::parse(wrong_kind, std::path::Path::new("x")).unwrap()

@@ -124,6 +124,14 @@ fn classification_text(result: &Evaluation, classification: &Classification) -> 
             classification.labels.join(", ")
         ),
     ];
+    if let (Some(f1), Some(precision), Some(recall)) = (
+        metrics.entity_f1,
+        metrics.entity_precision,
+        metrics.entity_recall,
+    ) {
+        let text = format!("entities: F1 {f1:.4}, precision {precision:.4}, recall {recall:.4}");
+        lines.insert(1, text);
+    }
     for (label, row) in classification
         .labels
         .iter()
@@ -156,8 +164,9 @@ fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
             labels: Vec::new(),
+            classifies_words: false,
         },
-        |recipe| run::data_options(&recipe.data),
+        |recipe| run::data_options(&recipe.data, recipe.model.task),
     );
     if !arguments.columns.is_empty() {
         options.columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;

@@ -6,7 +6,7 @@ use super::eval;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
-use crate::run;
+use crate::run::{self, Prediction, RecordPrediction};
 
 pub(super) fn run(arguments: &eval::Arguments, common: Common) -> Result<ExitCode> {
     let source = arguments.source()?;
@@ -19,14 +19,16 @@ pub(super) fn run(arguments: &eval::Arguments, common: Common) -> Result<ExitCod
         return out_json(&result);
     }
     let mut lines = vec![format!("label\t{}", result.labels.join("\t"))];
-    for prediction in &result.predictions {
-        let probabilities = prediction.probabilities.iter();
-        let probabilities: Vec<String> = probabilities.map(|p| format!("{p:.6}")).collect();
-        lines.push(format!(
-            "{}\t{}",
-            prediction.label,
-            probabilities.join("\t")
-        ));
-    }
+    lines.extend(result.predictions.iter().map(|record| match record {
+        RecordPrediction::Text(prediction) => line(prediction),
+        // A line for each word, and an empty one after the record.
+        RecordPrediction::Words(words) => words.iter().map(|word| line(word) + "\n").collect(),
+    }));
     out(&lines.join("\n"))
+}
+
+fn line(prediction: &Prediction) -> String {
+    let probabilities = prediction.probabilities.iter();
+    let probabilities: Vec<String> = probabilities.map(|p| format!("{p:.6}")).collect();
+    format!("{}\t{}", prediction.label, probabilities.join("\t"))
 }

@@ -71,6 +71,17 @@ impl MicroBatch {
         batch
     }
 
+    /// The range in `targets` of each record, in order.
+    pub fn loss_ranges(&self) -> impl Iterator<Item = Range<usize>> + '_ {
+        let before = |position: usize| {
+            let positions = &self.loss_positions;
+            positions.partition_point(|at| (*at as usize) < position)
+        };
+        self.segments
+            .iter()
+            .map(move |segment| before(segment.range.start)..before(segment.range.end))
+    }
+
     /// The sizes that its cost depends on.
     pub fn shape(&self) -> BatchShape {
         BatchShape {

@@ -9,7 +9,7 @@ use super::batch::Example;
 use super::chat::{self, Chat};
 use super::format::TypedRecord;
 use super::tokenizer::{Encoded, Tokenizer};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 
 /// One record encoded.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -49,6 +49,9 @@ pub(super) fn encode(
             Ok(text_windows(example, tokenizer, max_length))
         }
         TypedRecord::Labelled { text, label } => labelled_text(text, *label, tokenizer, max_length),
+        TypedRecord::LabelledWords { words, labels } => {
+            labelled_words(words, labels, tokenizer, max_length)
+        }
         TypedRecord::Completion { prompt, completion } => {
             if prompt.is_empty() && completion.is_empty() {
                 return Ok(dropped);
@@ -138,26 +141,72 @@ fn labelled_text(
         ids: mut tokens,
         offsets,
     } = tokenizer.encode(text, true)?;
-    let truncated = tokens.len() > max_length;
-    if truncated {
-        let is_special = |offset: &&(usize, usize)| **offset == (0, 0);
-        let ending = offsets.iter().rev().take_while(is_special).count();
-        let end = tokens.len() - ending;
-        tokens.drain(max_length.saturating_sub(ending).min(end)..end);
+    let is_special = |offset: &&(usize, usize)| **offset == (0, 0);
+    let ending = offsets.iter().rev().take_while(is_special).count();
+    let truncated = cut_before_end(&mut tokens, ending, max_length);
+    let labels: Vec<_> = (0..tokens.len())
+        .map(|i| (i == 0).then_some(label))
+        .collect();
+    Ok(labelled_tokens(tokens, &labels, truncated))
+}
+
+/// Words between the tokenizer's special tokens, cut off as in `labelled_text`; the first token of
+/// each word has its class.
+///
+/// # Errors
+/// A word without tokens.
+fn labelled_words(
+    words: &[String],
+    classes: &[u32],
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<EncodedRecord> {
+    let (mut tokens, mut word_of) = tokenizer.encode_words(words)?;
+    if let Some(word) = (0..words.len()).find(|word| !word_of.contains(&Some(*word))) {
+        return Err(Error::new(Kind::Data, "a word has no token")
+            .value(format!("{:?}, word {}", words[word], word + 1))
+            .hint("remove it and its label"));
     }
-    let loss: Vec<bool> = (0..tokens.len()).map(|i| i == 0).collect();
-    let dropped = tokens.is_empty();
+    let ending = word_of
+        .iter()
+        .rev()
+        .take_while(|word| word.is_none())
+        .count();
+    let truncated = cut_before_end(&mut tokens, ending, max_length);
+    cut_before_end(&mut word_of, ending, max_length);
+    let label = |i: usize| {
+        let word = word_of[i]?;
+        let begins = i == 0 || word_of[i - 1] != Some(word);
+        begins.then(|| classes[word])
+    };
+    let labels: Vec<_> = (0..tokens.len()).map(label).collect();
+    Ok(labelled_tokens(tokens, &labels, truncated))
+}
+
+/// Cuts `items` to `max_length`, before the last `ending` of them; returns whether it was longer.
+fn cut_before_end<T>(items: &mut Vec<T>, ending: usize, max_length: usize) -> bool {
+    let truncated = items.len() > max_length;
+    if truncated {
+        let end = items.len() - ending;
+        items.drain(max_length.saturating_sub(ending).min(end)..end);
+    }
+    truncated
+}
+
+/// Tokens of which those with a label are loss tokens.
+fn labelled_tokens(tokens: Vec<u32>, labels: &[Option<u32>], truncated: bool) -> EncodedRecord {
     let example = Example {
         tokens,
-        loss,
-        labels: vec![label],
+        loss: labels.iter().map(Option::is_some).collect(),
+        labels: labels.iter().flatten().copied().collect(),
     };
-    Ok(EncodedRecord {
+    let dropped = example.labels.is_empty();
+    EncodedRecord {
         examples: if dropped { vec![] } else { vec![example] },
         truncated,
         dropped,
         ..EncodedRecord::default()
-    })
+    }
 }
 
 fn missing_separator(prompt: &str, completion: &str) -> bool {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::alpaca;
 use super::chat::Chat;
 use super::messages;
-use super::options::{COLUMN_FIELDS, Format, PromptTemplate};
+use super::options::{COLUMN_FIELDS, Format, Options, PromptTemplate};
 use super::read::{NeededColumns, Record};
 use crate::error::{Error, Kind, Result};
 
@@ -21,6 +21,11 @@ pub(super) enum TypedRecord {
     Text(String),
     /// The text has a class.
     Labelled { text: String, label: u32 },
+    /// Each word has a class.
+    LabelledWords {
+        words: Vec<String>,
+        labels: Vec<u32>,
+    },
     /// The completion has a loss.
     Completion { prompt: String, completion: String },
     /// The assistant's turns have a loss.
@@ -91,7 +96,9 @@ const REQUIRED: [(Format, &[&str]); 6] = [
 ];
 
 /// Fields that some format reads besides the required ones.
-const FURTHER: [&str; 5] = ["input", "tools", "system", "history", "label"];
+const FURTHER: [&str; 7] = [
+    "input", "tools", "system", "history", "label", "tokens", "labels",
+];
 
 /// The columns that the formats read.
 pub(super) fn needed_columns(columns: Columns) -> NeededColumns {
@@ -142,7 +149,7 @@ impl FieldsSeen {
         let reads = |fields: &[&str], format, wanted: &str| match wanted {
             "tools" => matches!(format, Format::Messages | Format::Completion),
             "input" => format == Format::Alpaca,
-            "label" => false,
+            "label" | "tokens" | "labels" => false,
             wanted => fields.contains(&wanted),
         };
         let fits = |(format, fields): &&(Format, &[&str])| {
@@ -191,19 +198,18 @@ fn is_conversation(value: &Value) -> bool {
 }
 
 /// Reads `record` as `format`; `FieldsSeen` must have resolved `Format::Auto`.
-pub(super) fn interpret(
-    record: &Record,
-    format: Format,
-    columns: Columns,
-    template: Option<&PromptTemplate>,
-    labels: &[String],
-) -> Result<TypedRecord> {
+pub(super) fn interpret(record: &Record, format: Format, options: &Options) -> Result<TypedRecord> {
+    let columns = Columns(&options.columns);
+    let (template, labels) = (options.prompt_template.as_ref(), &options.labels);
     let fields = &record.fields;
     let typed = match format {
         Format::Text | Format::Auto => text(fields, columns, "text").map(TypedRecord::Text),
         Format::Completion => completion(fields, columns, template),
         Format::Alpaca => instruction(fields, columns, template),
         Format::Messages => conversation(fields, columns),
+        Format::Classification if options.classifies_words => {
+            labelled_words(record, columns, labels)
+        }
         Format::Classification => labelled(record, columns, labels),
     };
     typed.map_err(|e| e.at(record.place.to_string()))
@@ -241,12 +247,42 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
     }
 }
 
-/// A record's class as text: a string, a number as written, `true` or `false`.
-pub(super) fn label_text(record: &Record, columns: Columns) -> Result<String> {
-    match columns.get(&record.fields, "label") {
-        Some(Value::Bool(flag)) => Ok(flag.to_string()),
-        _ => text(&record.fields, columns, "label").map_err(|e| e.at(record.place.to_string())),
-    }
+/// A record's class as text, or those of its words: strings, numbers as written, `true` or `false`.
+pub(super) fn label_texts(
+    record: &Record,
+    columns: Columns,
+    of_words: bool,
+) -> Result<Vec<String>> {
+    let fields = &record.fields;
+    let texts = if of_words {
+        list(fields, columns, "labels")
+    } else if let Some(Value::Bool(flag)) = columns.get(fields, "label") {
+        Ok(vec![flag.to_string()])
+    } else {
+        text(fields, columns, "label").map(|text| vec![text])
+    };
+    texts.map_err(|e| e.at(record.place.to_string()))
+}
+
+/// A field that is a list of strings, numbers or flags, as texts.
+fn list(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<Vec<String>> {
+    let value = columns
+        .get(record, wanted)
+        .ok_or_else(|| missing(record, columns, wanted))?;
+    let text = |value: &Value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+        _ => None,
+    };
+    let texts = value
+        .as_array()
+        .and_then(|list| list.iter().map(text).collect());
+    texts.ok_or_else(|| {
+        Error::new(Kind::Data, format!("a record's `{wanted}` is not a list"))
+            .value(value.to_string().chars().take(80).collect::<String>())
+            .rule("a list of words, or of their labels")
+            .hint("correct the record or the `columns` map")
+    })
 }
 
 /// The id of a class: by its name, else a number as it is.
@@ -256,13 +292,9 @@ pub(super) fn class_id(name: &str, labels: &[String]) -> Option<u32> {
     by_name.or_else(by_number).map(|id| id as u32)
 }
 
-fn labelled(record: &Record, columns: Columns, labels: &[String]) -> Result<TypedRecord> {
-    if labels.is_empty() {
-        let text = text(&record.fields, columns, "text")?;
-        return Ok(TypedRecord::Labelled { text, label: 0 });
-    }
-    let name = label_text(record, columns)?;
-    let label = class_id(&name, labels).ok_or_else(|| {
+/// The id of a record's class.
+fn known_class(name: &str, labels: &[String]) -> Result<u32> {
+    class_id(name, labels).ok_or_else(|| {
         Error::new(
             Kind::Data,
             "a record has a label that is none of the classes",
@@ -270,9 +302,38 @@ fn labelled(record: &Record, columns: Columns, labels: &[String]) -> Result<Type
         .value(name)
         .rule(format!("one of {}", labels.join(", ")))
         .hint("correct the record, or name all classes: labels = [\"NAME\", \"NAME\"]")
-    })?;
+    })
+}
+
+/// A text and its class; without `labels` the class is not read.
+fn labelled(record: &Record, columns: Columns, labels: &[String]) -> Result<TypedRecord> {
     let text = text(&record.fields, columns, "text")?;
+    let label = match labels {
+        [] => 0,
+        labels => known_class(&label_texts(record, columns, false)?[0], labels)?,
+    };
     Ok(TypedRecord::Labelled { text, label })
+}
+
+/// Words and their classes; without `labels` the classes are not read.
+fn labelled_words(record: &Record, columns: Columns, labels: &[String]) -> Result<TypedRecord> {
+    let words = list(&record.fields, columns, "tokens")?;
+    if labels.is_empty() {
+        let labels = vec![0; words.len()];
+        return Ok(TypedRecord::LabelledWords { words, labels });
+    }
+    let names = label_texts(record, columns, true)?;
+    if names.len() != words.len() {
+        return Err(Error::new(
+            Kind::Data,
+            "a record has another number of labels than of words",
+        )
+        .value(format!("{} labels, {} words", names.len(), words.len()))
+        .hint("correct the record, or set `on_bad_record = \"skip\"`"));
+    }
+    let labels = names.iter().map(|name| known_class(name, labels));
+    let labels = labels.collect::<Result<_>>()?;
+    Ok(TypedRecord::LabelledWords { words, labels })
 }
 
 /// A prompt in its template, and its completion.
@@ -368,6 +429,7 @@ fn conversation(record: &Map<String, Value>, columns: Columns) -> Result<TypedRe
 
 #[cfg(test)]
 mod tests {
+    use super::super::options::{OnBadRecord, TxtUnit};
     use super::*;
     use crate::data::read::Location;
 
@@ -392,6 +454,25 @@ mod tests {
         }
         let format = seen.format(Columns(columns));
         format.ok_or_else(|| seen.no_format(Columns(columns)).unwrap())
+    }
+
+    fn interpreted(
+        record: &Record,
+        format: Format,
+        columns: Columns,
+        template: Option<&PromptTemplate>,
+    ) -> Result<TypedRecord> {
+        let options = Options {
+            format,
+            columns: columns.0.to_vec(),
+            max_length: 64,
+            on_bad_record: OnBadRecord::Stop,
+            txt_unit: TxtUnit::Paragraph,
+            prompt_template: template.cloned(),
+            labels: Vec::new(),
+            classifies_words: false,
+        };
+        interpret(record, format, &options)
     }
 
     #[test]
@@ -450,12 +531,11 @@ mod tests {
             ("prompt".to_string(), "extra.q".to_string()),
             ("completion".to_string(), "label".to_string()),
         ];
-        let typed = interpret(
+        let typed = interpreted(
             &record(json!({"extra": {"q": "Q"}, "label": 1})),
             Format::Completion,
             Columns(&columns),
             None,
-            &[],
         )
         .unwrap();
         assert_eq!(
@@ -469,7 +549,7 @@ mod tests {
         let other = record(json!({"question": "a", "answer": "b"}));
         let error = detected(&[json!({"question": "a", "answer": "b"})], &columns).unwrap_err();
         assert!(error.to_string().contains("`extra.q`"), "{error}");
-        assert!(interpret(&other, Format::Completion, Columns(&columns), None, &[]).is_err());
+        assert!(interpreted(&other, Format::Completion, Columns(&columns), None).is_err());
         let wrong = [("promt".to_string(), "a".to_string())];
         assert!(
             Columns(&wrong)
@@ -487,7 +567,7 @@ mod tests {
             (json!({"text": null}), Format::Text),
             (json!({"text": [1]}), Format::Text),
         ] {
-            let error = interpret(&record(fields), format, Columns(&[]), None, &[]).unwrap_err();
+            let error = interpreted(&record(fields), format, Columns(&[]), None).unwrap_err();
             assert!(
                 error.kind() == Kind::Data && error.to_string().contains("f.jsonl, line 7"),
                 "{error}"
@@ -497,7 +577,7 @@ mod tests {
 
     #[test]
     fn alpaca_has_two_prompts_and_refuses_what_it_cannot_place() {
-        let typed = |value| interpret(&record(value), Format::Alpaca, Columns(&[]), None, &[]);
+        let typed = |value| interpreted(&record(value), Format::Alpaca, Columns(&[]), None);
         let Ok(TypedRecord::Completion { prompt, .. }) =
             typed(json!({"instruction": "I", "input": "X", "output": "O"}))
         else {
@@ -525,7 +605,7 @@ mod tests {
         ] {
             let template = Some(&template.parse().unwrap());
             let typed =
-                interpret(&record(fields.clone()), format, Columns(&[]), template, &[]).unwrap();
+                interpreted(&record(fields.clone()), format, Columns(&[]), template).unwrap();
             let completion = "C".to_string();
             assert_eq!(
                 typed,
@@ -536,7 +616,7 @@ mod tests {
             );
         }
         let chat = Some(&PromptTemplate::Chat);
-        let typed = interpret(&record(pair), Format::Completion, Columns(&[]), chat, &[]).unwrap();
+        let typed = interpreted(&record(pair), Format::Completion, Columns(&[]), chat).unwrap();
         let TypedRecord::Chat(chat) = typed else {
             panic!("{typed:?}")
         };

@@ -15,7 +15,7 @@ use super::batch::Example;
 use super::cache;
 use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
 use super::encode::{EncodedRecord, encode};
-use super::format::{Columns, FieldsSeen, interpret, label_text, needed_columns};
+use super::format::{Columns, FieldsSeen, interpret, label_texts, needed_columns};
 use super::options::{Format, OnBadRecord, Options, PromptTemplate, TxtUnit};
 use super::paths;
 use super::read::{Location, NeededColumns, RawRecord, RawRecords, Record, open, read};
@@ -92,7 +92,11 @@ pub fn check_file(path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// Files that cannot be found or opened.
-pub fn labels(data: &[PathBuf], columns: &[(String, String)]) -> Result<Vec<String>> {
+pub fn labels(
+    data: &[PathBuf],
+    columns: &[(String, String)],
+    of_words: bool,
+) -> Result<Vec<String>> {
     let mut labels = BTreeSet::new();
     for path in paths::files(data)? {
         let records = read(&path, TxtUnit::Paragraph)?;
@@ -100,7 +104,8 @@ pub fn labels(data: &[PathBuf], columns: &[(String, String)]) -> Result<Vec<Stri
         labels.extend(
             records
                 .flatten()
-                .filter_map(|record| label_text(&record, Columns(columns)).ok()),
+                .filter_map(|record| label_texts(&record, Columns(columns), of_words).ok())
+                .flatten(),
         );
     }
     let number = |label: &String| label.parse::<i64>().ok();
@@ -162,9 +167,10 @@ fn fingerprint(
         txt_unit,
         prompt_template,
         labels,
+        classifies_words,
     } = options;
     let words = format!(
-        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {labels:?} {}",
+        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {labels:?} {classifies_words} {}",
         tokenizer.fingerprint()
     );
     hash.update(words);
@@ -373,8 +379,7 @@ impl DatasetBuilder {
         }
         let encode_record = |record: Result<Record>| {
             let record = record?;
-            let columns = Columns(&options.columns);
-            let typed = interpret(&record, format, columns, template, &options.labels)?;
+            let typed = interpret(&record, format, options)?;
             let encoded = encode(&typed, tokenizer, options.max_length)
                 .map_err(|e| e.at(record.place.to_string()))?;
             Ok((record.place, encoded))
@@ -500,6 +505,7 @@ mod tests {
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
             labels: vec![],
+            classifies_words: false,
         }
     }
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 pub const EXTENSIONS: [&str; 6] = ["jsonl", "json", "csv", "tsv", "txt", "parquet"];
 
 /// The fields that `data.columns` may map: those of the record formats.
-pub const COLUMN_FIELDS: [&str; 9] = [
+pub const COLUMN_FIELDS: [&str; 11] = [
     "text",
     "prompt",
     "completion",
@@ -22,6 +22,8 @@ pub const COLUMN_FIELDS: [&str; 9] = [
     "input",
     "output",
     "label",
+    "tokens",
+    "labels",
 ];
 
 /// How a record is read.
@@ -38,7 +40,7 @@ pub enum Format {
     Messages,
     /// `{instruction, input, output}`.
     Alpaca,
-    /// `{text, label}`.
+    /// `{text, label}`, or the words and their classes, `{tokens, labels}`.
     Classification,
 }
 
@@ -123,4 +125,6 @@ pub struct Options {
     pub prompt_template: Option<PromptTemplate>,
     /// Names of the classes, by id; empty: the class of a record is not read.
     pub labels: Vec<String>,
+    /// Whether the words of a record have classes, rather than the record.
+    pub classifies_words: bool,
 }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use tokenizers::{Encoding, Model, OffsetType, PreTokenizer};
+use tokenizers::{DecoderWrapper, Encoding, Model, OffsetType, PreTokenizer};
 
 use super::tokenizer::Encoded;
 use crate::error::{Error, Kind, Result, catch_panic};
@@ -93,6 +93,24 @@ impl Pipeline {
             joined.append(special_tokens(after));
         }
         Ok(joined)
+    }
+
+    /// Token ids of `words` with special tokens, and of each id its word. As in transformers, a
+    /// byte-level pipeline reads a space before each word.
+    pub(super) fn encode_words(&self, words: &[String]) -> Result<(Vec<u32>, Vec<Option<usize>>)> {
+        let by_bytes = matches!(self.inner.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let spaced = |word: &String| {
+            if by_bytes {
+                format!(" {word}")
+            } else {
+                word.clone()
+            }
+        };
+        let words: Vec<String> = words.iter().map(spaced).collect();
+        let encoding = guarded("model", || self.inner.encode(words, true))?;
+        let word_ids = encoding.get_word_ids().iter();
+        let word_ids = word_ids.map(|word| word.map(|word| word as usize));
+        Ok((encoding.get_ids().to_vec(), word_ids.collect()))
     }
 
     /// The text of `ids`, special tokens included.

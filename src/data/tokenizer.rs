@@ -139,6 +139,14 @@ impl Tokenizer {
         Ok(encoded)
     }
 
+    /// Token ids of `words`, one by one, between the special tokens; and of each id its word, `None`
+    /// of a special token.
+    pub fn encode_words(&self, words: &[String]) -> Result<(Vec<u32>, Vec<Option<usize>>)> {
+        let encoded = self.pipeline.encode_words(words)?;
+        self.check_ids(&encoded.0)?;
+        Ok(encoded)
+    }
+
     /// Refuses ids beyond the model's embedding.
     fn check_ids(&self, ids: &[u32]) -> Result<()> {
         let rows = self.embedding_rows;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 
 use super::embedding::EmbeddingParts;
-use super::head::{ClassifierHead, Head, Pooling};
+use super::head::{Classified, ClassifierHead, Head, Pooling};
 use super::linears::Linears;
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
@@ -30,6 +30,9 @@ const SCORED: [&str; 12] = [
     "stablelm",
     "starcoder2",
 ];
+
+/// Those of them without a `ForTokenClassification`, or with another head in it.
+const SCORED_SEQUENCES_ALONE: [&str; 2] = ["gemma3_text", "gpt_neox"];
 
 /// Every size and switch of a decoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -319,39 +322,85 @@ impl Architecture {
         self.classifier_head().map_or(&[], |head| &head.labels)
     }
 
-    /// Replaces the head that predicts tokens by a `score` of the last token's classes, as
-    /// transformers' `ForSequenceClassification`.
+    /// What a classifier gives classes to; `None` of a model that predicts tokens.
+    pub fn classified(&self) -> Option<Classified> {
+        let head = self.classifier_head()?;
+        Some(match head.pooling {
+            Pooling::Each => Classified::Tokens,
+            Pooling::First | Pooling::Last => Classified::Sequences,
+        })
+    }
+
+    /// Replaces the head by that of transformers' class for the task, with these classes.
     ///
     /// # Errors
     /// A model type that transformers has no such class for.
-    pub fn classify(&mut self, labels: Vec<String>) -> Result<()> {
+    pub fn classify(&mut self, classified: Classified, labels: Vec<String>) -> Result<()> {
+        const OTHERS: [&str; 3] = [
+            "ForCausalLM",
+            "ForSequenceClassification",
+            "ForTokenClassification",
+        ];
+        if self.classified() == Some(classified) {
+            return Ok(());
+        }
+        let head = match (self.classifier_head(), classified) {
+            (None, _) => self.score(classified, labels)?,
+            // Without the layer before the output, and on each token.
+            (Some(head), Classified::Tokens) => ClassifierHead {
+                dense: None,
+                pooling: Pooling::Each,
+                labels,
+                ..head.clone()
+            },
+            (Some(_), Classified::Sequences) => {
+                let what = "the model has a head for the classes of tokens";
+                return Err(Error::new(Kind::Model, what)
+                    .value(&self.class)
+                    .hint("choose the model without a head, or `task = \"token-classification\"` in [model]"));
+            }
+        };
+        let class = match classified {
+            Classified::Sequences => OTHERS[1],
+            Classified::Tokens => OTHERS[2],
+        };
+        for other in OTHERS {
+            self.class = self.class.replace(other, class);
+        }
+        self.names.lm_head = head.module;
+        self.names.lm_head_in_files = None;
+        self.tie_word_embeddings = false;
+        self.logits_softcap = None;
+        self.head = Head::Classifier(head);
+        Ok(())
+    }
+
+    /// The head `score` of a decoder.
+    fn score(&mut self, classified: Classified, labels: Vec<String>) -> Result<ClassifierHead> {
+        let tokens = classified == Classified::Tokens;
         let model_type = self.model_type.as_str();
-        if !SCORED.contains(&model_type) || self.names.composite.is_some() {
+        let types = SCORED.into_iter();
+        let types: Vec<&str> = types
+            .filter(|name| !(tokens && SCORED_SEQUENCES_ALONE.contains(name)))
+            .collect();
+        if !types.contains(&model_type) || self.names.composite.is_some() {
             return Err(Error::new(
                 Kind::Model,
                 "this model type has no classifier in transformers",
             )
             .value(&self.class)
-            .rule(format!("an encoder, or one of {}", SCORED.join(", ")))
+            .rule(format!("an encoder, or one of {}", types.join(", ")))
             .hint("choose a model of one of these types"));
         }
-        self.class = self
-            .class
-            .replace("ForCausalLM", "ForSequenceClassification");
-        self.names.lm_head = "score";
-        self.names.lm_head_in_files = None;
         self.names.unread = &["lm_head.", "embed_out."];
-        self.tie_word_embeddings = false;
-        self.logits_softcap = None;
-        self.head = Head::Classifier(ClassifierHead {
+        Ok(ClassifierHead {
             module: "score",
             dense: None,
             activation: Activation::Tanh,
-            bias: false,
-            pooling: Pooling::Last,
+            bias: tokens,
+            pooling: if tokens { Pooling::Each } else { Pooling::Last },
             labels,
-        });
-        Ok(())
+        })
     }
 
     /// Replaces the classes of a classifier.

@@ -497,7 +497,7 @@ impl Decoder {
         let head = self.architecture.classifier_head();
         match head.map(|head| head.pooling) {
             Some(Pooling::Last) => batch.last_rows(),
-            Some(Pooling::First) | None => Ok(batch.loss_positions.clone()),
+            Some(Pooling::First | Pooling::Each) | None => Ok(batch.loss_positions.clone()),
         }
     }
 

@@ -12,7 +12,7 @@ use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm
 use super::config::{Config, Range, text_config};
 use super::embedding::EmbeddingParts;
 use super::encoder_config::{encoder, labels};
-use super::head::Head;
+use super::head::{Classified, Head};
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, query_scaling, rope, ropes_by_layer_type};
@@ -233,7 +233,8 @@ impl Architecture {
             .ok_or_else(|| Error::new(Kind::Model, "config.json is not a JSON object"))?;
         let decoder = text_config(object);
         let (config, model_type) = Config::new(decoder.as_ref().unwrap_or(object))?;
-        if let Some(architecture) = encoder(&config, model_type)? {
+        if let Some(mut architecture) = encoder(&config, model_type)? {
+            architecture.classify_as(&class(&config, model_type), &config)?;
             check_parameters(&architecture)?;
             return Ok(architecture);
         }
@@ -300,11 +301,19 @@ impl Architecture {
             dropout: dropout(&config)?,
             head: Head::Vocabulary,
         };
-        if architecture.class.ends_with("ForSequenceClassification") {
-            architecture.classify(labels(&config)?)?;
-        }
+        architecture.classify_as(&architecture.class.clone(), &config)?;
         check_parameters(&architecture)?;
         Ok(architecture)
+    }
+}
+
+impl Architecture {
+    /// Replaces the head by a classifier's if the class has one.
+    fn classify_as(&mut self, class: &str, config: &Config<'_>) -> Result<()> {
+        match Classified::of_class(class) {
+            Some(classified) => self.classify(classified, labels(config)?),
+            None => Ok(()),
+        }
     }
 }
 

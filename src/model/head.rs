@@ -37,6 +37,43 @@ pub struct ClassifierHead {
     pub labels: Vec<String>,
 }
 
+/// What a classifier gives classes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Classified {
+    /// Records: `ForSequenceClassification`.
+    Sequences,
+    /// Tokens: `ForTokenClassification`.
+    Tokens,
+}
+
+impl Classified {
+    /// What the class in config.json's `architectures` classifies.
+    pub(super) fn of_class(class: &str) -> Option<Self> {
+        if class.ends_with("ForSequenceClassification") {
+            Some(Self::Sequences)
+        } else if class.ends_with("ForTokenClassification") {
+            Some(Self::Tokens)
+        } else {
+            None
+        }
+    }
+
+    /// PEFT's `task_type`.
+    pub fn task_type(self) -> &'static str {
+        match self {
+            Self::Sequences => "SEQ_CLS",
+            Self::Tokens => "TOKEN_CLS",
+        }
+    }
+
+    /// What PEFT's `task_type` names.
+    pub fn from_task_type(name: &str) -> Option<Self> {
+        let all = [Self::Sequences, Self::Tokens].into_iter();
+        all.into_iter()
+            .find(|classified| classified.task_type() == name)
+    }
+}
+
 /// The token of a segment whose output is classified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pooling {
@@ -44,6 +81,8 @@ pub enum Pooling {
     First,
     /// The last.
     Last,
+    /// Each token that has a class.
+    Each,
 }
 
 /// The weights of the head.

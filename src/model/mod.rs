@@ -44,7 +44,7 @@ pub use decoder::{BackwardOptions, BatchLosses, Decoder};
 pub use embedding::{EmbeddingParts, LearnedPositions, TokenTypes};
 pub use generate::{Sampling, Session};
 pub use gguf::{Family, ROPE_DIVISORS, is_gguf, read_content};
-pub use head::{ClassifierHead, Head, Pooling};
+pub use head::{Classified, ClassifierHead, Head, Pooling};
 pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub use names::{LinearNames, ModuleNames};
 pub use recompute::Recompute;

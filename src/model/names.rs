@@ -131,7 +131,7 @@ impl ModuleNames {
             gate_up: &["intermediate.dense"],
             down: "output.dense",
         },
-        unread: &["cls."],
+        unread: &["cls.", "bert.pooler.", "pooler."],
         ..Self::LLAMA
     };
 
@@ -165,7 +165,12 @@ impl ModuleNames {
             gate_up: &["ffn.lin1"],
             down: "ffn.lin2",
         },
-        unread: &["vocab_transform.", "vocab_layer_norm.", "vocab_projector."],
+        unread: &[
+            "vocab_transform.",
+            "vocab_layer_norm.",
+            "vocab_projector.",
+            "pre_classifier.",
+        ],
         ..Self::BERT
     };
 

@@ -93,6 +93,8 @@ pub enum Task {
     CausalLm,
     /// The class of a text.
     SequenceClassification,
+    /// The class of each word.
+    TokenClassification,
 }
 
 /// How the weights of linear layers are stored while an adapter is trained on them.

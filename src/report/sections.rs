@@ -138,6 +138,9 @@ fn result(report: &Report) -> Vec<Block> {
                 format::number(metrics.matthews_correlation),
             ),
         ]);
+        if let Some(f1) = metrics.entity_f1 {
+            rows.push(("F1 of entities after", format::number(f1)));
+        }
     }
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("training tokens", format::count(tokens)));

@@ -11,11 +11,11 @@ use super::records::locate;
 use crate::data::{self, Format, MicroBatch, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::hub::Progress;
-use crate::model::{Architecture, BatchLosses, Decoder};
+use crate::model::{Architecture, BatchLosses, Classified, Decoder};
 use crate::ops::Context;
 use crate::recipe::Validation;
 use crate::train::batch_to_device;
-use crate::train::metrics::{Confusion, Metrics};
+use crate::train::metrics::{Metrics, Scores};
 use crate::work::WorkCounter;
 
 /// An evaluation.
@@ -123,7 +123,8 @@ fn losses_of(
     let mut sum = 0.0;
     let mut loss_tokens = 0;
     let labels = decoder.architecture().labels();
-    let mut confusion = Confusion::new(labels.len());
+    let words = decoder.architecture().classified() == Some(Classified::Tokens);
+    let mut scores = Scores::new(labels, words);
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
         let input = batch_to_device(batch, job.model.device)?;
@@ -131,7 +132,7 @@ fn losses_of(
             losses,
             class_logits,
         } = decoder.evaluate(context, &input)?;
-        confusion.add_all(&batch.targets, &class_logits);
+        scores.add(batch, &class_logits);
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
     }
@@ -149,10 +150,10 @@ fn losses_of(
             .map(|batch| batch.segments.len() as u64)
             .sum(),
         flops: counter.take().flops(),
-        classification: confusion.metrics().map(|metrics| Classification {
+        classification: scores.metrics().map(|metrics| Classification {
             metrics,
             labels: labels.to_vec(),
-            confusion_matrix: confusion.rows(),
+            confusion_matrix: scores.confusion(),
         }),
     })
 }
@@ -171,7 +172,10 @@ pub(super) fn options_for(
         (format, false) if format != Format::Classification => format,
         _ => {
             let (what, rule) = if classifies {
-                ("a classifier reads a text and its label", "classification")
+                (
+                    "a classifier reads texts or words with labels",
+                    "classification",
+                )
             } else {
                 (
                     "the model predicts tokens, not classes",
@@ -184,6 +188,7 @@ pub(super) fn options_for(
     Ok(data::Options {
         format,
         labels: architecture.labels().to_vec(),
+        classifies_words: architecture.classified() == Some(Classified::Tokens),
         ..options.clone()
     })
 }

@@ -7,14 +7,14 @@ use super::architecture::architecture_of;
 use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::model_source::ModelSource;
-use super::task::{generic_labels, is_of_classifier, saved_labels};
+use super::task::{classified, classified_by, generic_labels, saved_labels};
 use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
 use crate::hub::{ModelFiles, Progress};
 use crate::model::{AdapterStart, Architecture, Decoder, TrainableModel, Weights, initial_values};
 use crate::ops::Parameters;
-use crate::recipe::{Init, Quantization, Task};
+use crate::recipe::{Init, Quantization};
 use crate::work::Precision;
 
 /// A model to run, and where.
@@ -80,14 +80,16 @@ fn architecture(request: &ModelRequest<'_>, files: &ModelFiles) -> Result<Archit
     )?;
     let source = request.source;
     let adapter = source.adapter.as_deref();
+    let by_recipe = source.recipe.as_ref().map(|recipe| recipe.model.task);
+    let wanted = match (by_recipe.and_then(classified), adapter) {
+        (None, Some(adapter)) => classified_by(adapter)?,
+        (by_recipe, _) => by_recipe,
+    };
+    if let Some(classified) = wanted {
+        architecture.classify(classified, generic_labels())?;
+    }
     if architecture.classifier().is_none() {
-        let of_run = source.recipe.as_ref().map(|recipe| recipe.model.task);
-        let classifies = of_run == Some(Task::SequenceClassification)
-            || adapter.map(is_of_classifier).transpose()? == Some(true);
-        if !classifies {
-            return Ok(architecture);
-        }
-        architecture.classify(generic_labels())?;
+        return Ok(architecture);
     }
     let of_run = source.recipe.as_ref().map(|recipe| &recipe.data.labels);
     if let Some(labels) = of_run {

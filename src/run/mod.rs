@@ -52,7 +52,7 @@ pub use model::{find_model, tokenizer_of};
 pub use model_source::{ModelSelection, ModelSource};
 pub use options::data_options;
 pub use plan::{Planned, plan};
-pub use predict::{Prediction, Predictions, predict};
+pub use predict::{Prediction, Predictions, RecordPrediction, predict};
 pub use prepare::{Prepared, Purpose, prepare};
 pub use probe::plan_with_probe;
 pub use push::{PushRequest, push};

@@ -3,14 +3,14 @@
 use crate::data;
 use crate::model::Recompute;
 use crate::ops::AdamW;
-use crate::recipe::{self, Adapter, Length, Recipe};
+use crate::recipe::{self, Adapter, Length, Recipe, Task};
 use crate::train::{Schedule, Settings};
 
 /// Steps of a run, at most: a plan plays each of them through.
 pub(super) const MAX_STEPS: u64 = 10_000_000;
 
 /// How the recipe's records are read and tokenized.
-pub fn data_options(data: &recipe::Data) -> data::Options {
+pub fn data_options(data: &recipe::Data, task: Task) -> data::Options {
     data::Options {
         format: data.format,
         columns: data.columns.clone(),
@@ -19,6 +19,7 @@ pub fn data_options(data: &recipe::Data) -> data::Options {
         txt_unit: data.txt_unit,
         prompt_template: data.prompt_template.clone(),
         labels: data.labels.clone(),
+        classifies_words: task == Task::TokenClassification,
     }
 }
 

@@ -18,10 +18,20 @@ pub struct Predictions {
     /// Names of the classes, by id.
     pub labels: Vec<String>,
     /// One for each record, in order.
-    pub predictions: Vec<Prediction>,
+    pub predictions: Vec<RecordPrediction>,
 }
 
-/// The prediction for a record.
+/// The prediction for a record, or those for its words.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum RecordPrediction {
+    /// Of the record.
+    Text(Prediction),
+    /// Of each word.
+    Words(Vec<Prediction>),
+}
+
+/// A class.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Prediction {
     /// The likeliest class.
@@ -61,6 +71,15 @@ pub fn predict(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Predi
                 .hint("remove them, or name the column: --column text=COLUMN"),
         );
     }
+    let words = options.classifies_words;
+    if words && set.counts.truncated > 0 {
+        return Err(Error::new(Kind::Data, "some words lie beyond `max_length`")
+            .value(format!(
+                "in {} of {} records",
+                set.counts.truncated, set.counts.records
+            ))
+            .hint("give a larger `--max-length`, or split the records"));
+    }
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
     super::evaluate::check(
         &set.examples[..count],
@@ -74,15 +93,27 @@ pub fn predict(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Predi
     let mut predictions = Vec::with_capacity(count);
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
-        let batch = batch_to_device(batch, job.model.device)?;
-        let logits = loaded.decoder.evaluate(context, &batch)?.class_logits;
+        let input = batch_to_device(batch, job.model.device)?;
+        let logits = loaded.decoder.evaluate(context, &input)?.class_logits;
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(not_finite("output").while_running());
         }
-        predictions.extend(logits.chunks(labels.len()).map(|logits| Prediction {
+        let mut classes = logits.chunks(labels.len()).map(|logits| Prediction {
             label: labels[predicted_class(logits)].clone(),
             probabilities: probabilities(logits),
-        }));
+        });
+        if words {
+            let of_record = |range| {
+                classes
+                    .by_ref()
+                    .take(ExactSizeIterator::len(&range))
+                    .collect()
+            };
+            let records = batch.loss_ranges().map(of_record);
+            predictions.extend(records.map(RecordPrediction::Words));
+        } else {
+            predictions.extend(classes.map(RecordPrediction::Text));
+        }
     }
     Ok(Predictions {
         labels: labels.to_vec(),

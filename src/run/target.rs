@@ -124,8 +124,8 @@ pub(super) fn saved_config(
     let towers = architecture.names.tower_modules();
     let excluded = config.exclude_modules.take();
     config.exclude_modules = excluded.or(towers.map(OneOrMany::One));
-    if architecture.classifier().is_some() {
-        config.task_type = Some("SEQ_CLS".into());
+    if let Some(classified) = architecture.classified() {
+        config.task_type = Some(classified.task_type().into());
     }
     if adaptation.init.changes_the_base() {
         double_rank(&mut config)?;

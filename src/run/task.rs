@@ -8,7 +8,7 @@ use super::model::read_json;
 use crate::adapter::config::CONFIG_FILE;
 use crate::data::{self, Format};
 use crate::error::{Error, Kind, Result};
-use crate::model::Architecture;
+use crate::model::{Architecture, Classified};
 use crate::recipe::{Adapter, Recipe, Task};
 
 /// Most classes of a head.
@@ -25,13 +25,12 @@ pub(super) fn resolve_task(
     architecture: &mut Architecture,
     training_files: Option<&[PathBuf]>,
 ) -> Result<()> {
-    if architecture.classifier().is_none() && asks_for_classes(recipe)? {
-        architecture.classify(generic_labels())?;
+    if let Some(classified) = wanted(recipe)? {
+        architecture.classify(classified, generic_labels())?;
     }
-    let Some(head) = architecture.classifier() else {
+    let Some((classified, head)) = architecture.classified().zip(architecture.classifier()) else {
         return check_causal_lm(recipe);
     };
-    let head = head.to_string();
     if recipe.model.task == Task::CausalLm {
         return Err(refused(
             "model.task",
@@ -40,13 +39,16 @@ pub(super) fn resolve_task(
         )
         .hint("write `task = \"sequence-classification\"` in [model], or choose a decoder"));
     }
-    recipe.model.task = Task::SequenceClassification;
+    recipe.model.task = match classified {
+        Classified::Sequences => Task::SequenceClassification,
+        Classified::Tokens => Task::TokenClassification,
+    };
     match recipe.data.format {
         Format::Auto => recipe.data.format = Format::Classification,
         Format::Classification => {}
         _ => {
             return Err(refused("data.format", "another format", "a classifier learns from a text and its label")
-                .hint("write `format = \"classification\"` in [data], and name the columns: columns = { text = \"COLUMN\", label = \"COLUMN\" }"));
+                .hint("write `format = \"classification\"` in [data], and name the columns: columns = { text = \"COLUMN\", label = \"COLUMN\" }, of words tokens and labels"));
         }
     }
     if recipe.data.labels.is_empty() {
@@ -60,32 +62,42 @@ pub(super) fn resolve_task(
         // PEFT adds the head by itself.
         let saved = &mut lora.config.modules_to_save;
         if !saved.iter().any(|name| head.ends_with(name.as_str())) {
-            saved.push(head);
+            saved.push(head.to_string());
         }
     }
     Ok(())
 }
 
-/// Whether the recipe, or the adapter that it continues, asks for a classifier.
-fn asks_for_classes(recipe: &Recipe) -> Result<bool> {
+/// What the recipe, or the adapter that it continues, asks to classify.
+fn wanted(recipe: &Recipe) -> Result<Option<Classified>> {
     let continued = match &recipe.adapter {
         Adapter::Lora(lora) => lora.init_from.as_deref(),
         Adapter::None => None,
     };
     match (recipe.model.task, continued) {
-        (Task::SequenceClassification, _) => Ok(true),
-        (Task::Auto, Some(adapter)) => is_of_classifier(adapter),
-        _ => Ok(false),
+        (Task::Auto, Some(adapter)) => classified_by(adapter),
+        (task, _) => Ok(classified(task)),
     }
 }
 
-/// Whether the adapter in a directory was trained on a classifier.
-pub(super) fn is_of_classifier(adapter: &Path) -> Result<bool> {
+/// What a task classifies.
+pub(super) fn classified(task: Task) -> Option<Classified> {
+    match task {
+        Task::SequenceClassification => Some(Classified::Sequences),
+        Task::TokenClassification => Some(Classified::Tokens),
+        Task::Auto | Task::CausalLm => None,
+    }
+}
+
+/// What the model of the adapter in a directory classifies.
+pub(super) fn classified_by(adapter: &Path) -> Result<Option<Classified>> {
     let path = adapter.join(CONFIG_FILE);
     if !path.is_file() {
-        return Ok(false);
+        return Ok(None);
     }
-    Ok(read_json(&path)?.get("task_type") == Some(&"SEQ_CLS".into()))
+    let config = read_json(&path)?;
+    let task = config.get("task_type").and_then(Value::as_str);
+    Ok(task.and_then(Classified::from_task_type))
 }
 
 /// Names of two classes, as transformers gives them.
@@ -134,7 +146,10 @@ fn labels(
         .zip(of_model)
         .all(|(id, label): (usize, _)| *label == format!("LABEL_{id}"));
     match training_files.filter(|_| generic) {
-        Some(files) => data::labels(files, &recipe.data.columns),
+        Some(files) => {
+            let of_words = architecture.classified() == Some(Classified::Tokens);
+            data::labels(files, &recipe.data.columns, of_words)
+        }
         None => Ok(of_model.to_vec()),
     }
 }

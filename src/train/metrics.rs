@@ -1,10 +1,71 @@
-//! Metrics of a classifier from true and predicted classes, as scikit-learn defines them.
+//! Metrics of a classifier from true and predicted classes, as scikit-learn defines them, and of named
+//! entities, as seqeval does.
+
+mod entities;
 
 use serde::{Deserialize, Serialize};
 
-/// Counts of records by true class (row) and predicted class (column).
+use self::entities::EntityCounts;
+use crate::data::MicroBatch;
+
+/// The decisions of a classifier so far.
+#[derive(Debug, Clone)]
+pub struct Scores {
+    confusion: Confusion,
+    /// Where the classes are tags of entities.
+    entities: Option<EntityCounts>,
+}
+
+impl Scores {
+    /// None yet, of classes with these names. `words`: whether the words of a record have them, so that they
+    /// may be tags of entities.
+    pub fn new(labels: &[String], words: bool) -> Self {
+        Self {
+            confusion: Confusion::new(labels.len()),
+            entities: EntityCounts::new(labels).filter(|_| words),
+        }
+    }
+
+    /// Counts the decisions of a batch by its logits (L, K), row by row.
+    pub fn add(&mut self, batch: &MicroBatch, logits: &[f32]) {
+        let predicted = logits.chunks(self.confusion.classes.max(1));
+        let predicted: Vec<usize> = predicted.map(predicted_class).collect();
+        for (truth, predicted) in batch.targets.iter().zip(&predicted) {
+            self.confusion.add(*truth as usize, *predicted);
+        }
+        let Some(entities) = &mut self.entities else {
+            return;
+        };
+        for record in batch.loss_ranges() {
+            let truth = batch.targets[record.clone()].iter();
+            let truth: Vec<usize> = truth.map(|class| *class as usize).collect();
+            entities.add(&truth, &predicted[record]);
+        }
+    }
+
+    /// The figures; `None` without decisions.
+    pub fn metrics(&self) -> Option<Metrics> {
+        let metrics = self.confusion.metrics()?;
+        Some(match &self.entities {
+            Some(entities) => Metrics {
+                entity_f1: Some(entities.f1()),
+                entity_precision: Some(entities.precision()),
+                entity_recall: Some(entities.recall()),
+                ..metrics
+            },
+            None => metrics,
+        })
+    }
+
+    /// The counts, a row for each true class.
+    pub fn confusion(&self) -> Vec<Vec<u64>> {
+        self.confusion.rows()
+    }
+}
+
+/// Counts of decisions by true class (row) and predicted class (column).
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Confusion {
+struct Confusion {
     classes: usize,
     counts: Vec<u64>,
 }
@@ -12,14 +73,23 @@ pub struct Confusion {
 /// Figures of a classification, each from 0 to 1, the correlation from -1 to 1.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
-    /// Share of records whose class is right.
+    /// Share of decisions that are right.
     pub accuracy: f64,
     /// Mean F1 of the classes that occur, true or predicted.
     pub f1_macro: f64,
-    /// F1 of all decisions together; equals the accuracy, because a record has one class.
+    /// F1 of all decisions together; equals the accuracy, because a decision is one class.
     pub f1_micro: f64,
     /// Matthews' correlation coefficient; 0 where a side has one class alone.
     pub matthews_correlation: f64,
+    /// F1 of entities of the right type and extent, if the classes are their tags.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entity_f1: Option<f64>,
+    /// Share of predicted entities that are right.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entity_precision: Option<f64>,
+    /// Share of true entities that are predicted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entity_recall: Option<f64>,
 }
 
 /// The class of the largest of `logits`, of equal ones the first.
@@ -35,37 +105,26 @@ pub fn predicted_class(logits: &[f32]) -> usize {
 }
 
 impl Confusion {
-    /// No records yet, of `classes` classes.
-    pub fn new(classes: usize) -> Self {
+    /// No decisions yet, between `classes` classes.
+    fn new(classes: usize) -> Self {
         Self {
             classes,
             counts: vec![0; classes * classes],
         }
     }
 
-    /// Counts the record of class `truth` with these `logits`, one a class.
-    pub fn add(&mut self, truth: u32, logits: &[f32]) {
-        let predicted = predicted_class(logits);
-        self.counts[truth as usize * self.classes + predicted] += 1;
-    }
-
-    /// Counts records of classes `truths` with `logits` (L, K), row by row.
-    pub fn add_all(&mut self, truths: &[u32], logits: &[f32]) {
-        let rows = logits.chunks(self.classes.max(1));
-        truths
-            .iter()
-            .zip(rows)
-            .for_each(|(truth, logits)| self.add(*truth, logits));
+    fn add(&mut self, truth: usize, predicted: usize) {
+        self.counts[truth * self.classes + predicted] += 1;
     }
 
     /// The counts, a row for each true class.
-    pub fn rows(&self) -> Vec<Vec<u64>> {
+    fn rows(&self) -> Vec<Vec<u64>> {
         let rows = self.counts.chunks(self.classes.max(1));
         rows.map(<[u64]>::to_vec).collect()
     }
 
-    /// The figures; `None` without records.
-    pub fn metrics(&self) -> Option<Metrics> {
+    /// The figures; `None` without decisions.
+    fn metrics(&self) -> Option<Metrics> {
         let k = self.classes;
         let total = self.counts.iter().sum::<u64>() as f64;
         if total == 0.0 {
@@ -99,6 +158,9 @@ impl Confusion {
             } else {
                 0.0
             },
+            entity_f1: None,
+            entity_precision: None,
+            entity_recall: None,
         })
     }
 }
@@ -118,14 +180,7 @@ mod tests {
                 |key: &str| -> Vec<u32> { serde_json::from_value(case[key].clone()).unwrap() };
             let mut confusion = Confusion::new(classes);
             for (truth, predicted) in list("true").into_iter().zip(list("predicted")) {
-                let logit = |class: usize| {
-                    if class == predicted as usize {
-                        0.5
-                    } else {
-                        -1.0
-                    }
-                };
-                confusion.add(truth, &(0..classes).map(logit).collect::<Vec<f32>>());
+                confusion.add(truth as usize, predicted as usize);
             }
             assert_eq!(
                 serde_json::json!(confusion.rows()),
@@ -142,5 +197,57 @@ mod tests {
             }
         }
         assert_eq!(Confusion::new(3).metrics(), None);
+    }
+
+    /// `scripts/metrics_reference.py` made the cases with seqeval.
+    #[test]
+    fn entities_are_those_of_seqeval() {
+        let golden = include_str!("../../tests/golden/metrics.json");
+        let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+        let labels: Vec<String> = serde_json::from_value(golden["tags"].clone()).unwrap();
+        for case in golden["tagged"].as_array().unwrap() {
+            let list = |key: &str| -> Vec<Vec<usize>> {
+                serde_json::from_value(case[key].clone()).unwrap()
+            };
+            let mut scores = Scores::new(&labels, true);
+            let batches = list("true").into_iter().zip(list("predicted"));
+            for (truth, predicted) in batches {
+                let tokens = vec![0; truth.len()];
+                let example = crate::data::Example {
+                    loss: vec![true; truth.len()],
+                    labels: truth.iter().map(|class| *class as u32).collect(),
+                    tokens,
+                };
+                let row = |class: &usize| {
+                    let logit = |other| if other == *class { 1.0 } else { 0.0 };
+                    (0..labels.len()).map(logit).collect::<Vec<f32>>()
+                };
+                let logits = predicted.iter().flat_map(row).collect::<Vec<f32>>();
+                scores.add(&MicroBatch::new([(0, &example)]), &logits);
+            }
+            let metrics = scores.metrics().unwrap();
+            for (found, key) in [
+                (metrics.entity_f1, "f1"),
+                (metrics.entity_precision, "precision"),
+                (metrics.entity_recall, "recall"),
+            ] {
+                let wanted = case[key].as_f64().unwrap();
+                assert!(
+                    (found.unwrap() - wanted).abs() < 1e-12,
+                    "{key}: {found:?}, not {wanted}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn other_names_than_tags_have_no_entities() {
+        let scores = |names: &[&str], words| {
+            let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+            Scores::new(&names, words).entities.is_some()
+        };
+        assert!(scores(&["O", "B-PER", "I-PER"], true));
+        assert!(!scores(&["O", "B-PER", "I-PER"], false));
+        assert!(!scores(&["NOUN", "VERB"], true));
     }
 }

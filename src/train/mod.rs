@@ -23,11 +23,11 @@ pub use schedule::{Decay, Schedule};
 pub use step::{accumulate_gradients, batch_to_device};
 pub use step_charges::StepCharges;
 
-use self::metrics::Confusion;
+use self::metrics::Scores;
 use crate::data::{MicroBatch, Sampler};
 use crate::energy::{Account, Phase, Reading, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::model::{BatchLosses, Decoder, ModelShape, Recompute};
+use crate::model::{BatchLosses, Classified, Decoder, ModelShape, Recompute};
 use crate::ops::{AdamW, Context, Parameters};
 use crate::work::{Precision, Work, WorkCounter};
 
@@ -285,18 +285,18 @@ impl Training<'_, '_> {
         let mut sum = 0.0;
         let mut sum_of_squares = 0.0;
         let mut loss_tokens = 0;
-        let classes = self.trainer.decoder.architecture().labels().len();
-        let mut confusion = Confusion::new(classes);
+        let architecture = self.trainer.decoder.architecture();
+        let words = architecture.classified() == Some(Classified::Tokens);
+        let mut scores = Scores::new(architecture.labels(), words);
         for (done, batch) in batches.iter().enumerate() {
             self.observer.evaluating(done, batches.len());
             let decoder = self.trainer.decoder;
-            let targets = &batch.targets;
-            let batch = batch_to_device(batch, decoder.device())?;
+            let input = batch_to_device(batch, decoder.device())?;
             let BatchLosses {
                 losses,
                 class_logits,
-            } = decoder.evaluate(self.context, &batch)?;
-            confusion.add_all(targets, &class_logits);
+            } = decoder.evaluate(self.context, &input)?;
+            scores.add(batch, &class_logits);
             sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
             let squares = losses.iter().map(|loss| f64::from(*loss).powi(2));
             sum_of_squares += squares.sum::<f64>();
@@ -312,7 +312,7 @@ impl Training<'_, '_> {
             step,
             val_loss,
             standard_error: Some((variance / n).sqrt()).filter(|error| error.is_finite()),
-            metrics: confusion.metrics(),
+            metrics: scores.metrics(),
         })
     }
 

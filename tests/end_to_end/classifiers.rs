@@ -236,6 +236,60 @@ fn a_trained_classifier_is_continued() {
     assert!((after - before).abs() < 1e-6, "{before}, {after}");
 }
 
+/// Records of words with tags: the two words after "of" are a name.
+fn tagged(which: std::ops::Range<usize>, labelled: bool) -> String {
+    let record = |i: usize| {
+        let (place, _) = CLASSES[i % 3];
+        let before = (0..i % 3).map(|k| (WORDS[k], "O"));
+        let name = [
+            ("of", "O"),
+            (WORDS[3 + i % 5], "B-PER"),
+            (WORDS[7 - i % 4], "I-PER"),
+        ];
+        let words = before.chain(name).chain([("with", "O"), (place, "O")]);
+        let (words, tags): (Vec<_>, Vec<_>) = words.unzip();
+        let record = if labelled {
+            json!({"tokens": words, "labels": tags})
+        } else {
+            json!({"tokens": words})
+        };
+        record.to_string() + "\n"
+    };
+    which.map(record).collect()
+}
+
+#[test]
+fn words_get_classes() {
+    for model in ["bert", "qwen3"] {
+        let lab = lab(model);
+        lab.write("train.jsonl", &tagged(0..40, true));
+        lab.write("validation.jsonl", &tagged(40..52, true));
+        lab.write("words.jsonl", &tagged(40..52, false));
+        let keys = set(&[
+            "model.task=token-classification",
+            "adapter.lora_dropout=0.05",
+        ]);
+        let (plan, report) = (lab.plan(&keys), lab.train("run", &keys));
+        let total = |value: &Value| microjoules(&value["energy"]["total_j"]);
+        assert_eq!(total(&plan), total(&report));
+        let evaluated = lab.json(&["eval", "run", "--data", "validation.jsonl", "--quiet"]);
+        for key in ["accuracy", "entity_f1", "entity_precision", "entity_recall"] {
+            let reported = number(&report, &format!("/training/metrics/{key}"));
+            assert_eq!(number(&evaluated, &format!("/{key}")), reported, "{key}");
+        }
+        assert!(number(&evaluated, "/entity_f1") > 0.8, "{evaluated}");
+        let model = format!("./{model}");
+        let predict = ["predict", "--model", &model, "--adapter", "run/adapter"];
+        let data = ["--data", "words.jsonl", "--quiet"];
+        let found = lab.json(&[&predict[..], &data].concat());
+        assert_eq!(found["labels"], json!(["B-PER", "I-PER", "O"]));
+        let predictions = found["predictions"].as_array().unwrap();
+        let words = |record: &Value| record.as_array().unwrap().len();
+        let counts: Vec<usize> = predictions.iter().map(words).collect();
+        assert_eq!(counts, (40..52).map(|i| i % 3 + 5).collect::<Vec<_>>());
+    }
+}
+
 #[test]
 fn what_a_classifier_cannot_do_is_refused() {
     let lab = lab("bert");
@@ -268,6 +322,9 @@ fn what_a_classifier_cannot_do_is_refused() {
         says(&message, &["task = \"sequence-classification\""]);
     };
     classes_of("model.id=embedded:tiny");
+    lab.write("train.jsonl", "{\"tokens\": [\"a\", \"film\"], \"labels\": [\"O\"]}\n{\"tokens\": [\"a\"], \"labels\": [\"B-X\"]}\n{\"tokens\": [\"a\"], \"labels\": [\"I-X\"]}\n");
+    let message = train("model.task=token-classification");
+    says(&message, &["1 labels, 2 words", "line 1"]);
     let generate = ["generate", "--model", "./bert", "--prompt", "a film"];
     says(&lab.refused(2, &generate), &["wattune predict"]);
     let predict = [

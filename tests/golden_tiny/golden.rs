@@ -90,8 +90,12 @@ impl Golden {
             let base = tokens.len();
             tokens.extend(&ids[start..start + lengths[*s]]);
             if self.json.get("labels").is_some() {
-                positions.push(base as u32);
-                targets.push(self.list("labels")[*s]);
+                let marked = |range: std::ops::Range<usize>| range.filter(|i| mask[*i] == 1);
+                let before = marked(0..start).count();
+                let here = marked(start..start + lengths[*s]);
+                positions.extend(here.map(|i| (base + i - start) as u32));
+                let count = marked(start..start + lengths[*s]).count();
+                targets.extend(&self.list("labels")[before..before + count]);
                 continue;
             }
             for i in 1..lengths[*s] {

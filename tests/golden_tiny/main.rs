@@ -35,7 +35,9 @@ const FAMILIES: [&str; 14] = [
     "gemma3_vision",
     "ministral3",
 ];
-const CLASSIFIERS: [&str; 7] = [
+const CLASSIFIERS: [&str; 9] = [
+    "bert_tokens",
+    "qwen2_tokens",
     "bert",
     "roberta",
     "electra",
