@@ -54,7 +54,7 @@ pub(super) const FP4_LEVELS: [f32; 16] = {
 };
 
 /// Twice the levels of MXFP4 (e2m1) by code.
-const E2M1_TWICE: [f32; 16] = [
+pub(super) const E2M1_TWICE: [f32; 16] = [
     0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0,
 ];
 
@@ -185,9 +185,19 @@ fn five_bits(fifth: &[u8], bytes: &[u8]) -> [u8; PART] {
     codes
 }
 
+/// 2^(e - 128): half of the scale e8m0, for levels twice as large. A subnormal for e < 2.
+#[inline(always)]
+pub(super) fn half_power_of_two(e: u8) -> f32 {
+    f32::from_bits(if e < 2 {
+        0x0020_0000 << e
+    } else {
+        u32::from(e - 1) << 23
+    })
+}
+
 /// The 6-bit scale and minimum of sub-block `j` of Q4_K and Q5_K.
 #[inline(always)]
-fn scale_and_minimum(packed: &[u8], j: usize) -> (f32, f32) {
+pub(super) fn scale_and_minimum(packed: &[u8], j: usize) -> (f32, f32) {
     let (scale, minimum) = if j < 4 {
         (packed[j] & 63, packed[j + 4] & 63)
     } else {
@@ -319,13 +329,7 @@ blocks! {
     };
     /// 2^(e - 127) times e2m1: e, 16 bytes of codes.
     MXFP4(32, 17) = |block, _, out| {
-        // 2^(e - 128), for levels twice as large; a subnormal for e < 2.
-        let bits = if block[0] < 2 {
-            0x0020_0000 << block[0]
-        } else {
-            u32::from(block[0] - 1) << 23
-        };
-        let d = f32::from_bits(bits);
+        let d = half_power_of_two(block[0]);
         halves_of_nibbles(&block[1..], |q| d * E2M1_TWICE[usize::from(q & 15)], out);
     };
     /// Maximum times level: the maximum in f32, 32 bytes of codes.

@@ -17,6 +17,15 @@ pub(in crate::ops) fn dots(x: &[f32], w: QuantizedSlice<'_>, first: usize, out: 
         "these rows lie inside the matrix"
     );
     let first = w.start / w.columns.max(1) + first;
+    #[cfg(target_arch = "x86_64")]
+    if super::dot_avx512::dots(x, &w, first, out) {
+        return;
+    }
+    portable_dots(x, w, first, out);
+}
+
+/// `dots` for rows `first..` from the first of the matrix on, on any CPU.
+pub(super) fn portable_dots(x: &[f32], w: QuantizedSlice<'_>, first: usize, out: &mut [f32]) {
     with_block!(w.format, B => {
         if x.len().is_multiple_of(PART) {
             simd!(|simd| for (row, out) in out.iter_mut().enumerate() {

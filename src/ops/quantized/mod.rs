@@ -5,6 +5,8 @@
 
 mod decode;
 mod dot;
+#[cfg(target_arch = "x86_64")]
+mod dot_avx512;
 mod encode;
 mod format;
 

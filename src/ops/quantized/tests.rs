@@ -5,6 +5,7 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use super::decode::decode;
+use super::dot::portable_dots;
 use super::{QuantizedSlice, StoredFormat, dots};
 use crate::ops::Weight;
 use crate::ops::gemm::{MatRef, Values, gemm};
@@ -203,6 +204,15 @@ fn dot_products_are_those_of_decoded_rows() {
         let x: Vec<f32> = (0..columns).map(|i| (i as f32 * 0.7).cos()).collect();
         let mut out = vec![1.0; rows - 1];
         dots(&x, w, 1, &mut out);
+        let mut portable = vec![1.0; rows - 1];
+        portable_dots(&x, w, 1, &mut portable);
+        for (a, b) in out.iter().zip(&portable) {
+            assert!(
+                (a - b).abs() <= 1e-5 * b.abs().max(1.0),
+                "{}",
+                format.name()
+            );
+        }
         let mut tail = vec![1.0; rows - 1];
         dots(&x, w.slice_from(columns), 0, &mut tail);
         assert_eq!(out, tail, "{}", format.name());
