@@ -3,6 +3,7 @@
     cargo build --release
     python scripts/bench_generate.py > benches/results/DATE-generate.md          a Python with torch and transformers
     python scripts/bench_generate.py --model tinyllama-1.1b --prompt 4 --rounds 5
+    python scripts/bench_generate.py --model tinyllama-1.1b --prompt 4 --dtype bf16 --quantization q8_0 q4_0 nf4 --no-torch
 
 A token's time is the difference of two texts, of few and of many tokens, over the difference of their lengths: for wattune of two whole
 processes, for transformers of two calls in this one. The weights are those of `scripts/bench`, stored in bf16.
@@ -39,6 +40,8 @@ def arguments():
     parser.add_argument("--many", type=int, default=72)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
+    parser.add_argument("--quantization", nargs="*", default=[], help="also wattune alone with weights in these formats, in bf16")
+    parser.add_argument("--no-torch", action="store_true", help="wattune alone: ratios are to its bf16")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/wattune")
     parser.add_argument("--work", type=Path, help="folder for weights (default: a temporary one)")
     args = parser.parse_args()
@@ -49,11 +52,11 @@ def arguments():
     return args
 
 
-def wattune(args, model, dtype, prompt):
+def wattune(args, model, dtype, prompt, quantization="none"):
     """Seconds of one process for each number of new tokens."""
     for new in (args.few, args.many):
         command = [args.binary, "generate", "--model", model, "--prompt", " ".join(["7"] * prompt), "--max-new-tokens", str(new),
-                   "--dtype", dtype, "--device", "cpu", "--json", "--quiet"]
+                   "--dtype", dtype, "--quantization", quantization, "--device", "cpu", "--json", "--quiet"]
         begin = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True)
         took = time.monotonic() - begin
@@ -80,13 +83,21 @@ def main():
     transformers.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(prefix="wattune-generate-") as temporary:
         directory, _ = inputs.model_directory(args.model, args.work or Path(temporary))
-        load = {dtype: transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype]).eval() for dtype in args.dtype}
-        cases = [(who, dtype, prompt) for prompt in args.prompt for dtype in args.dtype for who in ("wattune", "transformers")]
+        engines = ["wattune"] if args.no_torch else ["wattune", "transformers"]
+        load = {dtype: transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype]).eval()
+                for dtype in args.dtype if not args.no_torch}
+        kinds = [(who, dtype) for dtype in args.dtype for who in engines] + [("wattune", name) for name in args.quantization]
+        cases = [(who, dtype, prompt) for prompt in args.prompt for who, dtype in kinds]
         found = {case: [] for case in cases}
         for number in range(args.rounds):
             for case in cases:
                 who, dtype, prompt = case
-                run = wattune(args, directory, dtype, prompt) if who == "wattune" else reference(args, load[dtype], prompt)
+                if who == "transformers":
+                    run = reference(args, load[dtype], prompt)
+                elif dtype in DTYPES:
+                    run = wattune(args, directory, dtype, prompt)
+                else:
+                    run = wattune(args, directory, "bf16", prompt, dtype)
                 few, many = run
                 if many <= few:
                     sys.exit(f"{' '.join(map(str, case))} before: {args.many} tokens took no longer than {args.few}: give a larger --many")
@@ -99,12 +110,13 @@ def main():
     print(page.table(["machine and versions", ""], facts) + "\n")
     rows = []
     for prompt in args.prompt:
-        fastest = [min(found["transformers", dtype, prompt][i] for dtype in args.dtype) for i in range(args.rounds)]
+        rivals = [("wattune", "bf16")] if args.no_torch else [("transformers", dtype) for dtype in args.dtype]
+        fastest = [min(found[*rival, prompt][i] for rival in rivals) for i in range(args.rounds)]
         for case in [case for case in cases if case[2] == prompt]:
             ratios = [over / own for own, over in zip(found[case], fastest)]
             rows.append([" ".join(case[:2]), prompt, " ".join(f"{1e3 * one:.1f}" for one in found[case]),
                          f"**{1e3 * statistics.median(found[case]):.1f}**", " ".join(f"{one:.2f}" for one in ratios)])
-    print(page.table(["case", "tokens before", "ms a token, each round", "median", "tokens/s to the fastest of transformers, each round"], rows))
+    print(page.table(["case", "tokens before", "ms a token, each round", "median", f"tokens/s to {'wattune bf16' if args.no_torch else 'the fastest of transformers'}, each round"], rows))
 
 
 if __name__ == "__main__":
