@@ -3,6 +3,8 @@
 //! F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 equal gguf-py's `quants.quantize` bit for bit, NF4, FP4 and INT8 bitsandbytes';
 //! K-quants are candle's port of ggml's reference quantisers.
 
+#![allow(clippy::needless_range_loop)]
+
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -11,6 +13,7 @@ use rayon::prelude::*;
 use super::StoredFormat;
 use super::decode::NF4_LEVELS;
 use crate::error::{Error, Kind, Result};
+use crate::ops::simd::simd;
 
 /// Values of a row that are quantised together.
 const BLOCK: usize = 32;
@@ -185,15 +188,27 @@ fn nf4(block: &[f32], out: &mut [u8]) {
     let maximum = block.iter().fold(0f32, |most, x| most.max(x.abs()));
     let divisor = maximum.max(SMALLEST);
     let inverse = 1.0 / divisor;
-    out[..4].copy_from_slice(&maximum.to_le_bytes());
-    for (i, x) in block.iter().enumerate() {
-        let scaled = if block.len() == NF4_BLOCK {
+    let mut scaled = [0.0; NF4_BLOCK];
+    for (scaled, x) in scaled.iter_mut().zip(block) {
+        let ratio = if block.len() == NF4_BLOCK {
             x * inverse
         } else {
             x / divisor
         };
-        let below = |pair: &&[f32]| (pair[0] + pair[1]) / 2.0 < scaled.clamp(-1.0, 1.0);
-        let code = NF4_LEVELS.windows(2).filter(below).count() as u8;
+        *scaled = ratio.clamp(-1.0, 1.0);
+    }
+    let codes = simd!(|_| {
+        let mut codes = [0u8; NF4_BLOCK];
+        for pair in NF4_LEVELS.windows(2) {
+            let midpoint = (pair[0] + pair[1]) / 2.0;
+            for i in 0..NF4_BLOCK {
+                codes[i] += u8::from(midpoint < scaled[i]);
+            }
+        }
+        codes
+    });
+    out[..4].copy_from_slice(&maximum.to_le_bytes());
+    for (i, code) in codes[..block.len()].iter().enumerate() {
         out[4 + i / 2] |= code << (4 * (1 - i % 2));
     }
 }
