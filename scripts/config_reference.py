@@ -11,6 +11,7 @@ under "refused" is one that transformers accepts, ignoring a key or with a warni
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -20,21 +21,26 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
-               "gpt_neox", "stablelm", "starcoder2", "ministral3"]
+               "gpt_neox", "stablelm", "starcoder2", "ministral3", "gpt2", "cohere", "cohere2", "glm", "glm4", "exaone4", "ernie4_5", "seed_oss",
+               "helium", "qwen3_moe", "olmoe", "mixtral"]
 ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
 use_sliding_window max_window_layers layer_types attention_dropout no_rope_layers no_rope_layer_interval
 embedding_multiplier residual_multiplier attention_multiplier logits_scaling hidden_activation query_pre_attn_scalar attn_logit_softcapping
 final_logit_softcapping original_max_position_embeddings resid_pdrop embd_pdrop hidden_dropout residual_dropout embedding_dropout layer_norm_eps norm_epsilon use_parallel_residual use_bias
-use_qkv_bias""".split()
+use_qkv_bias n_embd n_inner n_layer n_head n_positions activation_function layer_norm_epsilon attn_pdrop scale_attn_weights
+scale_attn_by_inverse_layer_idx logit_scale attention_out_bias sliding_window_pattern num_experts num_local_experts num_experts_per_tok
+moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers router_jitter_noise output_router_logits""".split()
 READ_OF_ENCODERS = READ + """layer_norm_eps type_vocab_size hidden_dropout_prob attention_probs_dropout_prob classifier_dropout is_decoder add_cross_attention
 embedding_size pad_token_id dim hidden_dim n_layers n_heads activation dropout seq_classif_dropout""".split()
 
 # Declared, but read by no layer.
 UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
 # Keyword arguments that are no fields, with their defaults; DistilBERT's class has its eps in the code.
-KEYWORDS = {"gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
+KEYWORDS = {"qwen3_moe": {"num_local_experts": None}, "olmoe": {"num_local_experts": None}, "mixtral": {"num_experts": None},
+            "cohere2": {"sliding_window_pattern": 4}, "glm": {"partial_rotary_factor": 0.5}, "glm4": {"partial_rotary_factor": 0.5},
+            "gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
             "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25},
             "distilbert": {"layer_norm_eps": 1e-12},
             "ministral3": {"rope_parameters": {k: v for k, v in Ministral3Config().rope_parameters.items() if k != "max_position_embeddings"}}}
@@ -52,6 +58,10 @@ SIZES_OF_270M = dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=
 def tiny(model_type="llama", drop=(), **keys):
     config = {"model_type": model_type, **TINY, **keys}
     return {k: v for k, v in config.items() if k not in drop}
+
+
+def gpt2(**keys):
+    return {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, **keys}
 
 
 # Obeyed, or an error in transformers too.
@@ -194,6 +204,34 @@ VARIANTS = {
     "ministral3": tiny("ministral3", head_dim=16, tie_word_embeddings=True, rope_parameters=dict(
         YARN, rope_theta=1e6, mscale=1.0, mscale_all_dim=1.0, llama_4_scaling_beta=0.1)),
     "ministral3, everything absent": {"model_type": "ministral3", "num_hidden_layers": 2},
+    "gpt2": gpt2(),
+    "gpt2, everything absent": {"model_type": "gpt2"},
+    "gpt2, its keys": gpt2(n_inner=48, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, activation_function="relu", layer_norm_epsilon=1e-3),
+    "cohere": tiny("cohere"),
+    "cohere, everything absent": {"model_type": "cohere", "num_hidden_layers": 2},
+    "cohere2": tiny("cohere2", num_hidden_layers=5),
+    "cohere2, its keys": tiny("cohere2", sliding_window=8, sliding_window_pattern=2, logit_scale=0.25, attention_bias=True, layer_norm_eps=1e-3),
+    "glm": tiny("glm", pad_token_id=0),
+    "glm, whole heads rotate": tiny("glm", pad_token_id=0, head_dim=16, attention_bias=False, partial_rotary_factor=1.0),
+    "glm4": tiny("glm4", pad_token_id=0),
+    "glm4, everything absent": {"model_type": "glm4", "num_hidden_layers": 2},
+    "exaone4": tiny("exaone4", num_hidden_layers=5),
+    "exaone4, no windows": tiny("exaone4", sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True),
+    "exaone4, pattern 2": tiny("exaone4", sliding_window=8, sliding_window_pattern=2),
+    "ernie4_5": tiny("ernie4_5"),
+    "ernie4_5, biases": tiny("ernie4_5", use_bias=True, head_dim=None),
+    "seed_oss": tiny("seed_oss"),
+    "seed_oss, biases": tiny("seed_oss", head_dim=8, attention_out_bias=True, mlp_bias=True, attention_bias=False),
+    "helium": tiny("helium", head_dim=8),
+    "helium, biases": tiny("helium", head_dim=8, attention_bias=True, mlp_bias=True),
+    "qwen3_moe": tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=16),
+    "qwen3_moe, everything absent": {"model_type": "qwen3_moe", "num_hidden_layers": 2},
+    "qwen3_moe, dense blocks": tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2, mlp_only_layers=[1]),
+    "qwen3_moe, windows": tiny("qwen3_moe", num_experts=4, num_experts_per_tok=2, use_sliding_window=True, sliding_window=8),
+    "qwen3_moe, as transformers 5 writes it": tiny("qwen3_moe", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": tiny("olmoe", num_experts=4, num_experts_per_tok=2),
+    "mixtral": tiny("mixtral", num_local_experts=4),
+    "mixtral, window": tiny("mixtral", num_local_experts=4, sliding_window=8, head_dim=16),
     "qwen3, yarn": tiny("qwen3", head_dim=16, rope_theta=1e6, rope_scaling=YARN),
 }
 # Accepted by transformers, which ignores the key, warns, or computes with a number that no model was trained with.
@@ -220,6 +258,10 @@ REFUSED = {
     "mistral, layer_types": tiny("mistral", sliding_window=16, layer_types=["full_attention", "sliding_attention", "full_attention"]),
     "qwen2, unknown layer_types": tiny("qwen2", layer_types=["linear_attention"] * 3),
     "stablelm, norms of q and k": tiny("stablelm", qk_layernorm=True),
+    "cohere, norms of q and k": tiny("cohere", use_qk_norm=True),
+    "mixtral, auxiliary loss": tiny("mixtral", num_local_experts=4, output_router_logits=True),
+    "mixtral, more experts a token than there are": tiny("mixtral", num_local_experts=4, num_experts_per_tok=5),
+    "olmoe, clip_qkv": tiny("olmoe", clip_qkv=8.0),
     "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
     "gemma3, bidirectional": tiny("gemma3_text", use_bidirectional_attention=True),
     "gemma3, attn_logit_softcapping is not read": tiny("gemma3_text", attn_logit_softcapping=50.0),
@@ -237,24 +279,31 @@ def figures(config):
         model = AutoModelForCausalLM.from_config(parsed)
     model.tie_weights()
     inner = model.base_model
-    block = inner.layers[0]
-    attention = block.attention if kind == "gpt_neox" else block.self_attn
-    norm = inner.final_layer_norm if kind == "gpt_neox" else inner.norm
+    block = first_of(inner, "layers", "h")[0]
+    attention = first_of(block, "self_attn", "attention", "attn")
+    norm = first_of(inner, "norm", "final_layer_norm", "ln_f")
     types = getattr(parsed, "layer_types", None) or ["sliding_attention"] * parsed.num_hidden_layers
     window = getattr(parsed, "sliding_window", None) if getattr(parsed, "use_sliding_window", True) else None
     rotated = getattr(parsed, "no_rope_layers", None) or [1] * parsed.num_hidden_layers
-    outer = {n: list(p.shape) for n, p in model.named_parameters() if ".layers." not in n or ".layers.0." in n}
+    if kind == "cohere2" or kind == "exaone4" and window:
+        rotated = [t == "sliding_attention" for t in types]
+    outer = {n: list(p.shape) for n, p in model.named_parameters() if not re.search(r"\.(layers|h)\.[1-9]", n)}
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "tensors": outer, "tied": "lm_head.weight" not in outer,
-        "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": attention.head_size if kind == "gpt_neox" else attention.head_dim,
+        "layers": parsed.num_hidden_layers, "heads": parsed.num_attention_heads, "head_dim": first_of(attention, "head_dim", "head_size"),
         "eps": getattr(norm, "variance_epsilon", None) or norm.eps, "scaling": attention.scaling,
         "max_position_embeddings": parsed.max_position_embeddings, "initializer_range": parsed.initializer_range,
         "windows": [window if t == "sliding_attention" else None for t in types], "bf16": parsed.dtype == torch.bfloat16,
-        "ropes": [rope(parsed, kind) if used else None for kind, used in zip(types, rotated)],
+        "ropes": [rope(parsed, kind) if used and hasattr(inner, "rotary_emb") else None for kind, used in zip(types, rotated)],
         "softcaps": [block.self_attn.attn_logit_softcapping if kind == "gemma2" else None,
                      getattr(parsed, "final_logit_softcapping", None)],
-        "factors": [embedding_factor(parsed), *[getattr(parsed, key, 1.0) for key in ("residual_multiplier", "logits_scaling")]],
+        "factors": [embedding_factor(parsed), getattr(parsed, "residual_multiplier", 1.0),
+                    getattr(parsed, "logits_scaling", 1.0 / getattr(parsed, "logit_scale", 1.0))],
     }
+
+
+def first_of(module, *names):
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def embedding_factor(parsed):
@@ -283,7 +332,7 @@ def defaults(model_type):
     declared = {f.name: f.default for f in dataclasses.fields(config)}
     known = [k for k in (READ_OF_ENCODERS if model_type in ENCODERS else READ) if k in declared and k not in UNREAD.get(model_type, ())]
     read = {k: declared[k] for k in known}
-    if model_type not in ENCODERS:
+    if "rope_parameters" in declared:
         theta = config.default_theta
         read["rope_theta"] = theta["global"] if isinstance(theta, dict) else theta
     return read | KEYWORDS.get(model_type, {})

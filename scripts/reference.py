@@ -34,7 +34,13 @@ sqrt(hidden), tanh GELU, biases) · gemma2 (the same, norms before and after, sc
 gemma3 (gemma2 without softcaps, q/k norm on each head, rotations by layer type) · phi3 (q, k, v in one layer, gate and up
 in one, a window, LongRoPE on the first six of eight channels of a head, whose long factors begin within the greedy ids) ·
 gpt_neox (q, k, v in one layer by head, parallel branches of two LayerNorms, half of a head rotates, biases) · starcoder2 (LayerNorm, MLP without a gate, biases, a
-window) · stablelm (parallel branches of one LayerNorm, biases on q, k, v, half of a head rotates) ·
+window) · stablelm (parallel branches of one LayerNorm, biases on q, k, v, half of a head rotates) · gpt2 (weights stored
+(in, out), learned positions, the scale divided by the block's number) · cohere (parallel branches of one LayerNorm without bias,
+neighbouring channels rotate, a factor of the logits, biases) · cohere2 (the same, windows, full attention without rotation) · glm
+(gate and up in one layer, half of a head rotates, biases on q, k, v) · glm4 (the same, norms before and after) · exaone4 (norms on
+results, q/k norm on each head, windows, full attention without rotation) · ernie4_5 (neighbouring channels rotate, tied, biases) ·
+seed_oss (biases) · helium (neighbouring channels rotate, biases but on o) · qwen3_moe (experts whose weights sum to one, and a
+block without) · olmoe (experts, q/k norm over the rows) · mixtral (experts) ·
 gemma3_vision (gemma3 in the composite class, beside a vision tower) · ministral3 (yarn, a factor of queries by position,
 tied, in the composite class)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
@@ -68,9 +74,12 @@ import safetensors
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig, DistilBertConfig, ElectraConfig, GPTNeoXConfig,
-                          Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConfig, GraniteConfig, LlamaConfig, Mistral3Config, MistralConfig,
-                          Olmo2Config, Olmo3Config, Phi3Config, Qwen2Config, Qwen3Config, RobertaConfig, SmolLM3Config, StableLmConfig, Starcoder2Config)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, BertConfig, Cohere2Config, CohereConfig, DistilBertConfig, ElectraConfig,
+                          Ernie4_5Config, Exaone4Config, GPT2Config, GPTNeoXConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig,
+                          GemmaConfig, Glm4Config, GlmConfig, GraniteConfig, HeliumConfig, LlamaConfig, Mistral3Config, MistralConfig,
+                          MixtralConfig, Olmo2Config, Olmo3Config, OlmoeConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
+                          RobertaConfig, SeedOssConfig, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path("tests/golden/tiny")  # relative: it is written to adapter_config.json
@@ -158,6 +167,31 @@ OTHER_MODULES = {
                                        use_parallel_residual=True, rope_parameters=rope("default", partial_rotary_factor=0.5)),
 }
 FAMILIES |= OTHER_MODULES
+COHERE = dict(LAYER_NORM, num_key_value_heads=2, layer_norm_eps=1e-5, logit_scale=0.5, tie_word_embeddings=True, attention_bias=True,
+              pad_token_id=0, rope_parameters=rope("default"))
+WINDOWS = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+EXPERTS = dict(num_experts_per_tok=2, rope_parameters=rope("default"))
+GLM = dict(FAMILY, head_dim=12, pad_token_id=0, rope_parameters=rope("default", partial_rotary_factor=0.5))
+# Later additions, whose seeds follow those of the others.
+LATER = {
+    "gpt2": lambda: GPT2Config(n_embd=32, n_layer=3, n_head=4, n_inner=24, n_positions=256, vocab_size=48, resid_pdrop=0.0, embd_pdrop=0.0,
+                               attn_pdrop=0.0, scale_attn_by_inverse_layer_idx=True, bos_token_id=1, eos_token_id=2, use_cache=False),
+    "cohere": lambda: CohereConfig(**COHERE),
+    "cohere2": lambda: Cohere2Config(**COHERE, **WINDOWS),
+    "glm": lambda: GlmConfig(**GLM),
+    "glm4": lambda: Glm4Config(**GLM),
+    "exaone4": lambda: Exaone4Config(**FAMILY, **WINDOWS, rope_parameters=rope("default")),
+    "ernie4_5": lambda: Ernie4_5Config(**{**FAMILY, "tie_word_embeddings": True}, head_dim=12, use_bias=True, pad_token_id=0,
+                                       rope_parameters=rope("default")),
+    "seed_oss": lambda: SeedOssConfig(**FAMILY, head_dim=12, attention_out_bias=True, mlp_bias=True, attention_dropout=0.0,
+                                      residual_dropout=0.0, rope_parameters=rope("default")),
+    "helium": lambda: HeliumConfig(**FAMILY, head_dim=8, attention_bias=True, mlp_bias=True, pad_token_id=0, rope_parameters=rope("default")),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**FAMILY, **EXPERTS, head_dim=12, attention_bias=True, moe_intermediate_size=8, num_experts=4,
+                                        norm_topk_prob=True, mlp_only_layers=[1]),
+    "olmoe": lambda: OlmoeConfig(**{**FAMILY, "intermediate_size": 8, "num_hidden_layers": 2}, **EXPERTS, num_experts=5, pad_token_id=0),
+    "mixtral": lambda: MixtralConfig(**{**FAMILY, "intermediate_size": 8, "num_hidden_layers": 2}, **EXPERTS, num_local_experts=5),
+}
+FAMILIES |= LATER
 ENCODER = dict(vocab_size=48, max_position_embeddings=24, pad_token_id=0, num_labels=3)
 BERT_LIKE = {**ENCODER, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
              "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -191,7 +225,7 @@ def randomise(model, seed):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            if "norm" in name.lower() and name.endswith("weight"):
+            if ("norm" in name.lower() or ".ln_" in name) and name.endswith("weight"):
                 offset = -0.5 if model.config.model_type.startswith("gemma") else 0.5
                 p.copy_(torch.rand(p.shape, generator=generator) + offset)
             else:
@@ -273,6 +307,8 @@ def save_adapter(name, seed):
     targets = r"model\.language_model\..*_proj" if is_composite(base.config) else "all-linear"
     if name in HEADLESS_TARGETS:
         targets = HEADLESS_TARGETS[name]
+    if getattr(base.config, "num_local_experts", None):  # "all-linear" would include the experts
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     settings = peft.LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets,
                                task_type=task_type(name))
     model = peft.get_peft_model(base, settings)
@@ -453,9 +489,9 @@ def main():
     torch.use_deterministic_algorithms(True)
     transformers.logging.disable_progress_bar()
     later = ["longrope", *OTHER_MODULES, "neox_serial"]
-    known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in later]
+    known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in [*later, *LATER]]
     # The place in a list: naming one model does not change it.
-    seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate(later)}
+    seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate([*later, *LATER])}
     seeds |= {name: 10000 + 100 * i for i, name in enumerate(CLASSIFIERS)}
     seeds["qwen2_tokens"] = 20000  # ten steps from the other seeds amplify rounding beyond 1e-4
     unknown = set(sys.argv[1:]) - set(seeds)

@@ -247,9 +247,9 @@ impl Adaptation {
                 .rule("distinct tokens of the vocabulary, for `embed_tokens` or `lm_head`, which nothing else trains")
                 .hint("write token ids, as in `trainable_token_indices = [5, 7]`"));
         }
-        match adaptation.unsupported(settings) {
+        match adaptation.unsupported(layout, settings) {
             Some(reason) => Err(Error::new(Kind::Adapter, reason).hint(
-                "leave the embeddings out of `target_modules`, or train them by `modules_to_save`",
+                "train linear layers by `target_modules`, and embeddings by `modules_to_save`",
             )),
             None => Ok(adaptation),
         }
@@ -322,7 +322,29 @@ impl Adaptation {
     }
 
     /// Why this cannot be trained or loaded.
-    pub(super) fn unsupported(&self, settings: &LoraConfig) -> Option<String> {
+    pub(super) fn unsupported(
+        &self,
+        layout: &ModelLayout,
+        settings: &LoraConfig,
+    ) -> Option<String> {
+        let conv1d = |copy: &&WeightCopy| {
+            let path = copy.tensor.strip_suffix(".weight");
+            let mut modules = layout.modules.iter();
+            modules.any(|m| m.kind == ModuleKind::Conv1d && Some(m.path.as_str()) == path)
+        };
+        let stacked = |copy: &&WeightCopy| copy.shape.len() > 2;
+        let copies = || self.copies.iter();
+        for (kind, found) in [
+            ("a Conv1D layer", copies().find(conv1d)),
+            ("experts", copies().find(stacked)),
+        ] {
+            if let Some(copy) = found {
+                return Some(format!(
+                    "`modules_to_save` is not supported on {kind}: `{}`",
+                    copy.tensor
+                ));
+            }
+        }
         let mut sites = self.sites.iter();
         let embedding = sites.find(|site| site.kind == ModuleKind::Embedding);
         let key = match embedding {
@@ -340,7 +362,7 @@ impl Adaptation {
     /// The parts of a layer, in the order in which they are trained.
     pub fn parts(&self, site: &Site) -> Vec<Part> {
         let mut parts = match site.kind {
-            ModuleKind::Linear => vec![Part::A, Part::B],
+            ModuleKind::Linear | ModuleKind::Conv1d => vec![Part::A, Part::B],
             ModuleKind::Embedding => vec![Part::EmbeddingA, Part::EmbeddingB],
         };
         parts.extend(self.use_dora.then_some(Part::Magnitude));

@@ -17,7 +17,7 @@ pub use super::fields::{InitWeights, JsonNumber, ModulePattern, OneOrMany};
 use super::keys;
 use super::matching::{KeyPattern, first_match};
 use super::options::{Bias, LoraConfig, LoraInit, Targets, TokenIndices};
-use super::targets::{Module, Site, shortest_names};
+use super::targets::{Module, ModuleKind, Site, shortest_names};
 
 /// The file's name in an adapter's directory.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -120,6 +120,9 @@ impl PeftConfig {
             .map(|(key, alpha)| (key.clone(), JsonNumber(*alpha)))
             .collect();
         let lora_alpha = JsonNumber(settings.lora_alpha);
+        let mut variants = keys::defaults();
+        let conv1d = |site: &Site| site.kind == ModuleKind::Conv1d;
+        variants["fan_in_fan_out"] = sites.iter().any(conv1d).into();
         let layers_pattern = Some(&settings.layers_pattern).filter(|pattern| !pattern.is_empty());
         Ok(Self {
             alpha_pattern: sortable(&alphas, sites, lora_alpha, |site| {
@@ -146,6 +149,7 @@ impl PeftConfig {
             trainable_token_indices: settings.trainable_token_indices.clone(),
             use_dora: settings.use_dora,
             use_rslora: settings.use_rslora,
+            variants,
             ..Self::default()
         })
     }
@@ -303,7 +307,6 @@ fn sortable<T: Copy + PartialEq>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::adapter::targets::ModuleKind;
 
     fn settings() -> LoraConfig {
         LoraConfig {

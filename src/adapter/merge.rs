@@ -21,6 +21,7 @@ use super::adaptation::{Adaptation, ModelLayout, Part};
 use super::peft::{LoadedAdapter, fail_on_problems};
 use super::shards::{
     INDEX_FILE, TensorEntry, header, index_json, plan_shards, read_headers, shard_file_name,
+    transpose,
 };
 use super::targets::{ModuleKind, Site};
 
@@ -217,7 +218,7 @@ impl Change<'_> {
     fn problem(&self, tensor: &TensorEntry) -> Option<String> {
         if let Self::Add { site, .. } = self {
             let mut wanted = [site.out_features, site.in_features];
-            if site.kind == ModuleKind::Embedding {
+            if site.kind != ModuleKind::Linear {
                 wanted.reverse();
             }
             if tensor.shape != wanted {
@@ -236,8 +237,26 @@ impl Change<'_> {
         }
     }
 
-    /// Applies it to the stored bytes of `tensor`, by rows in parallel.
+    /// Applies it to the stored bytes of `tensor`.
     fn apply(&self, bytes: &mut [u8], tensor: &TensorEntry) -> Result<()> {
+        let (Self::Add { site, .. }, [rows, columns]) = (self, tensor.shape.as_slice()) else {
+            return self.apply_rows(bytes, tensor);
+        };
+        if site.kind != ModuleKind::Conv1d {
+            return self.apply_rows(bytes, tensor);
+        }
+        transpose_bytes(bytes, *rows, *columns);
+        let upright = TensorEntry {
+            shape: vec![*columns, *rows],
+            ..tensor.clone()
+        };
+        self.apply_rows(bytes, &upright)?;
+        transpose_bytes(bytes, *columns, *rows);
+        Ok(())
+    }
+
+    /// Applies it by rows in parallel.
+    fn apply_rows(&self, bytes: &mut [u8], tensor: &TensorEntry) -> Result<()> {
         let rows = tensor.shape.first().copied().unwrap_or(1).max(1);
         let columns = tensor.shape.iter().product::<usize>() / rows;
         if columns == 0 {
@@ -254,7 +273,9 @@ impl Change<'_> {
                     magnitude,
                 } => {
                     let delta = match site.kind {
-                        ModuleKind::Linear => low_rank_row(site.r, &b[row * site.r..], a, columns),
+                        ModuleKind::Linear | ModuleKind::Conv1d => {
+                            low_rank_row(site.r, &b[row * site.r..], a, columns)
+                        }
                         ModuleKind::Embedding => low_rank_column(site, row, a, b),
                     };
                     let scale = site.scaling as f32;
@@ -293,6 +314,19 @@ impl Change<'_> {
             };
             written.ok_or_else(|| overflow(tensor, row))
         })
+    }
+}
+
+/// Transposes the stored elements (rows, columns).
+fn transpose_bytes(bytes: &mut [u8], rows: usize, columns: usize) {
+    fn each<const N: usize>(bytes: &mut [u8], rows: usize, columns: usize) {
+        let elements = transpose(bytes.as_chunks::<N>().0, rows, columns);
+        bytes.copy_from_slice(elements.as_flattened());
+    }
+    match bytes.len() / (rows * columns).max(1) {
+        8 => each::<8>(bytes, rows, columns),
+        4 => each::<4>(bytes, rows, columns),
+        _ => each::<2>(bytes, rows, columns),
     }
 }
 

@@ -24,7 +24,9 @@ use super::keys;
 use super::options::{Bias, LoraConfig, Targets};
 use super::shards::{F32Tensor, write_f32s};
 use super::target_errors::last_segments;
-use super::targets::{Module, RankResolver, select_matching, select_modules, unmatched_entries};
+use super::targets::{
+    Module, ModuleKind, RankResolver, select_matching, select_modules, unmatched_entries,
+};
 use super::unsupported::{parse_tensor_name, unsupported_settings};
 
 /// A tensor of an adapter.
@@ -261,7 +263,7 @@ impl LoadedAdapter {
         }
         problems.extend(self.weight_mismatches(&adaptation));
         problems.extend(token_problem(layout, &settings, &adaptation));
-        problems.extend(adaptation.unsupported(&settings));
+        problems.extend(adaptation.unsupported(layout, &settings));
         let base = self
             .config
             .base_model_name_or_path
@@ -374,7 +376,13 @@ impl LoadedAdapter {
     pub fn warnings(&self, layout: &ModelLayout, beside: Option<&str>) -> Result<Vec<String>> {
         let unmatched = unmatched(layout, &self.config.settings())?;
         let unknown = self.config.unknown.iter().map(|key| keys::unknown(key));
-        let ignored = keys::ignored(&self.config.variants);
+        let mut variants = self.config.variants.clone();
+        let conv1d = |module: &Module| module.kind == ModuleKind::Conv1d;
+        if layout.modules.iter().any(conv1d) {
+            // Its value for such layers.
+            variants.remove("fan_in_fan_out");
+        }
+        let ignored = keys::ignored(&variants);
         let unmatched = unmatched
             .iter()
             .filter(|(_, entry)| beside != Some(entry.as_str()));

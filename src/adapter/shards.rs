@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde_json::json;
 
@@ -70,6 +71,13 @@ impl<'a> F32Tensor<'a> {
             values,
         }
     }
+}
+
+/// The transpose (columns, rows) of the elements (rows, columns), row-major.
+pub(crate) fn transpose<T: Copy + Send + Sync>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
+    let column = |column: usize| (0..rows).map(move |row| x[row * columns + column]);
+    let columns = (0..columns).into_par_iter();
+    columns.flat_map_iter(column).collect()
 }
 
 /// Writes a safetensors file of F32 tensors atomically, sorted by name; `pytorch_format` marks it as PyTorch's. The same tensors give the

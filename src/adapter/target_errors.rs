@@ -14,7 +14,7 @@ const ALL_LINEAR_WORDS: [&str; 5] = ["all-linear", "all", "linear", "alllinear",
 /// The last segments of the linear layers' paths, once each, in model order.
 pub(super) fn last_segments(modules: &[Module]) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
-    let is_linear = |module: &&Module| module.kind == ModuleKind::Linear;
+    let is_linear = |module: &&Module| module.kind != ModuleKind::Embedding;
     for module in modules.iter().filter(is_linear) {
         let name = module.path.rsplit('.').next().unwrap_or(&module.path);
         if !names.contains(&name) {

@@ -17,6 +17,8 @@ pub enum ModuleKind {
     /// A linear layer.
     #[default]
     Linear,
+    /// A linear layer whose weight files hold transposed, (in, out): transformers' Conv1D.
+    Conv1d,
     /// An embedding: `in_features` are its rows, `out_features` its columns.
     Embedding,
 }
@@ -30,7 +32,7 @@ pub struct Module {
     pub out_features: usize,
     /// Columns of its weight.
     pub in_features: usize,
-    /// Linear layer or embedding.
+    /// Its kind.
     pub kind: ModuleKind,
 }
 
@@ -49,7 +51,7 @@ pub struct Site {
     pub lora_alpha: f64,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
     pub scaling: f64,
-    /// Linear layer or embedding.
+    /// The layer's kind.
     pub kind: ModuleKind,
 }
 

@@ -84,7 +84,7 @@ fn pretraining(subject: &Subject<'_>) -> Baseline {
     };
     let mut baseline = baseline::pretraining(
         &model_name(&subject.recipe.model.id),
-        architecture.parameters() as f64,
+        architecture.active_parameters() as f64,
         subject.pretraining_tokens,
         Some(shape),
         subject.profile,

@@ -336,7 +336,10 @@ impl SensitivityTable<'_> {
             // PEFT wants names beside a list of layers.
             Targets::AllLinear => {
                 let linears = &names.linears;
-                let targets: Vec<&str> = linears.iter().map(|name| linears.target(name)).collect();
+                let modules = self.subject.architecture.modules();
+                let exists = |name: &&str| modules.iter().any(|module| module.path.ends_with(name));
+                let present = linears.iter().filter(exists);
+                let targets: Vec<&str> = present.map(|name| linears.target(name)).collect();
                 let targets = format!("adapter.target_modules={}", toml_list(&targets));
                 vec![targets, layers_key]
             }

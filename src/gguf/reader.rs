@@ -243,6 +243,7 @@ impl GgufFile {
         let stored: Vec<f32> = stored?.flatten_all()?.to_vec1()?;
         for (factor, low, high, original) in LLAMA3_SCALINGS {
             let rope = Rope {
+                interleaved: false,
                 head_dim,
                 rotary_dim: head_dim,
                 theta,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use half::{bf16, f16};
 
 use super::embedding::EmbeddingParts;
+use super::expert_sizes::ExpertSizes;
 use super::head::{Classified, ClassifierHead, Head, Pooling};
 use super::linears::Linears;
 use super::names::ModuleNames;
@@ -47,10 +48,14 @@ pub struct Architecture {
     pub hidden_size: usize,
     /// Channels inside the MLP.
     pub intermediate_size: usize,
+    /// The experts of blocks that have them in place of an MLP.
+    pub experts: Option<ExpertSizes>,
     /// Blocks.
     pub num_hidden_layers: usize,
     /// Heads and their sizes, without a window.
     pub attention: Attention,
+    /// Whether the scores of block N also have a factor of 1 / (N + 1) (GPT-2).
+    pub scales_by_layer: bool,
     /// What differs from block to block, one entry each.
     pub layers: Vec<LayerKind>,
     /// Groups that the columns of a fused q, k, v fall into, each with a share of q, of k and of v: 1
@@ -100,6 +105,9 @@ pub struct Architecture {
     pub tie_word_embeddings: bool,
     /// Which layers have biases.
     pub biases: Biases,
+    /// Whether the files hold the transposes (in, out) of the weights of the blocks' linear layers
+    /// (GPT-2's Conv1D).
+    pub transposed_linears: bool,
     /// Standard deviation of random weights.
     pub initializer_range: f64,
     /// Whether the matrices are stored in bf16: as config.json states (`dtype`, earlier
@@ -120,6 +128,8 @@ pub struct ConfigDropout {
     pub key: &'static str,
     /// Probability that an element is dropped.
     pub p: f64,
+    /// Whether it is transformers' default for the model type.
+    pub is_default: bool,
 }
 
 /// What differs from block to block.
@@ -129,6 +139,8 @@ pub struct LayerKind {
     pub window: Option<usize>,
     /// Its rotary embedding in [`Architecture::ropes`]; `None`: q and k are not rotated.
     pub rope: Option<usize>,
+    /// Whether it has experts in place of an MLP.
+    pub sparse: bool,
 }
 
 /// The rows that a norm of q or k is on.
@@ -153,6 +165,23 @@ pub struct Biases {
     pub norm: bool,
 }
 
+impl Biases {
+    /// No layer.
+    pub const NONE: Self = Self {
+        qkv: false,
+        o: false,
+        mlp: false,
+        norm: false,
+    };
+    /// Every layer.
+    pub const ALL: Self = Self {
+        qkv: true,
+        o: true,
+        mlp: true,
+        norm: true,
+    };
+}
+
 /// A linear layer of a block.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinearSpec {
@@ -170,6 +199,8 @@ pub struct TensorShape {
     pub name: String,
     /// Its shape.
     pub shape: Vec<usize>,
+    /// Whether the file holds its transpose.
+    pub transposed: bool,
 }
 
 impl TensorShape {
@@ -177,13 +208,28 @@ impl TensorShape {
     pub fn parameters(&self) -> u64 {
         self.shape.iter().map(|n| *n as u64).product()
     }
+
+    /// Its shape in the file.
+    pub fn stored_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
+        shape
+    }
 }
 
 impl Architecture {
     /// Attention of block `layer`.
     pub(super) fn attention(&self, layer: usize) -> Attention {
+        let by_layer = self.attention.scale() / (layer + 1) as f64;
         Attention {
             window: self.layers[layer].window,
+            scale: if self.scales_by_layer {
+                Some(by_layer)
+            } else {
+                self.attention.scale
+            },
             ..self.attention
         }
     }
@@ -243,9 +289,18 @@ impl Architecture {
     /// # Errors
     /// A layer whose rows are not whole blocks.
     pub fn quantize_linears(&mut self, format: StoredFormat) -> Result<()> {
+        if self.experts.is_some() {
+            let what = "a mixture of experts cannot be quantised";
+            return Err(Error::new(Kind::Model, what)
+                .value(format.name().to_lowercase())
+                .rule("none: the stacks of experts keep their type")
+                .hint(
+                    "write `quantization = \"none\"` in [model], or leave `--quantization` out",
+                ));
+        }
         let block = format.block_values();
         if let Some(linear) = self
-            .linears()
+            .linears(0)
             .iter()
             .find(|linear| !format.fits_row(linear.in_features))
         {
@@ -261,7 +316,7 @@ impl Architecture {
         for layer in 0..self.num_hidden_layers {
             let block = self.names.block_path(layer);
             let weights = self
-                .linears()
+                .linears(layer)
                 .map(|linear| format!("{block}.{}.weight", linear.name));
             let formats = weights.iter().map(|name| (name.clone(), format));
             self.stored_formats.extend(formats);
@@ -274,8 +329,8 @@ impl Architecture {
         1 + usize::from(self.gated_mlp)
     }
 
-    /// The linear layers of a block.
-    pub(super) fn linears(&self) -> Linears<LinearSpec> {
+    /// The linear layers of block `layer`.
+    pub(super) fn linears(&self, layer: usize) -> Linears<LinearSpec> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let heads = self.attention.heads * self.attention.head_dim;
         let kv_heads = self.attention.kv_heads * self.attention.head_dim;
@@ -297,11 +352,13 @@ impl Architecture {
         };
         let names = &self.names.linears;
         let Biases { qkv, o, mlp, .. } = self.biases;
+        let dense = !self.layers[layer].sparse;
+        let gate_up = || fused(names.gate_up, &[inner, inner][..self.inner_parts()], mlp);
         Linears {
             qkv: fused(names.qkv, &[heads, kv_heads, kv_heads], qkv),
             o: spec(names.o, hidden, heads, o),
-            gate_up: fused(names.gate_up, &[inner, inner][..self.inner_parts()], mlp),
-            down: spec(names.down, hidden, inner, mlp),
+            gate_up: if dense { gate_up() } else { Vec::new() },
+            down: dense.then(|| spec(names.down, hidden, inner, mlp)),
         }
     }
 
@@ -444,7 +501,8 @@ impl Architecture {
     }
 
     /// What adapters can target, in model order: the input embedding, every linear layer, the output
-    /// embedding.
+    /// embedding. Of a model with experts only attention's layers: to PEFT the names of an MLP mean
+    /// the experts there.
     pub fn modules(&self) -> Vec<Module> {
         let mut modules = vec![Module {
             path: self.names.embed_tokens_path(),
@@ -454,11 +512,19 @@ impl Architecture {
         }];
         for layer in 0..self.num_hidden_layers {
             let block = self.names.block_path(layer);
-            modules.extend(self.linears().iter().map(|linear| Module {
+            let linears = self.linears(layer);
+            let linears = linears
+                .iter()
+                .filter(|linear| self.experts.is_none() || !linear.name.starts_with("mlp."));
+            modules.extend(linears.map(|linear| Module {
                 path: format!("{block}.{}", linear.name),
                 out_features: linear.out_features,
                 in_features: linear.in_features,
-                kind: ModuleKind::Linear,
+                kind: if self.transposed_linears {
+                    ModuleKind::Conv1d
+                } else {
+                    ModuleKind::Linear
+                },
             }));
         }
         // No targets are the layers that PEFT trains in full: those inside the head's module, and
@@ -497,10 +563,18 @@ impl Architecture {
         let hidden = self.hidden_size;
         let mut tensors = Vec::new();
         let mut add = |name: String, shape: &[usize], bias: bool| {
+            // A stack of experts is no module, and its name has no part.
+            let stacked = shape.len() == 3;
             let mut tensor = |part, shape: &[usize]| {
-                let name = format!("{name}.{part}");
-                let shape = shape.to_vec();
-                tensors.push(TensorShape { name, shape });
+                tensors.push(TensorShape {
+                    name: if stacked {
+                        name.clone()
+                    } else {
+                        format!("{name}.{part}")
+                    },
+                    shape: shape.to_vec(),
+                    transposed: false,
+                });
             };
             tensor("weight", shape);
             if bias {
@@ -528,10 +602,13 @@ impl Architecture {
                 add(format!("{prefix}.self_attn.q_norm"), &[q], norm_bias);
                 add(format!("{prefix}.self_attn.k_norm"), &[k], norm_bias);
             }
-            for linear in self.linears().iter() {
+            for linear in self.linears(layer).iter() {
                 let path = format!("{prefix}.{}", linear.name);
                 let shape = [linear.out_features, linear.in_features];
                 add(path, &shape, linear.bias);
+            }
+            for (name, shape) in self.expert_tensors(layer) {
+                add(name, &shape, false);
             }
         }
         if let Some(norm) = self.names.norm_path() {
@@ -543,7 +620,35 @@ impl Architecture {
                 add(layer.name.into(), &shape, layer.bias);
             }
         }
+        let in_block = |name: &str| self.names.layer_of(name).is_some();
+        for tensor in &mut tensors {
+            let is_matrix = tensor.shape.len() == 2 && in_block(&tensor.name);
+            tensor.transposed = self.transposed_linears && is_matrix;
+        }
         tensors
+    }
+
+    /// The router of block `layer` (a module), and its experts' tensors, with their shapes; none
+    /// in a block without experts.
+    fn expert_tensors(&self, layer: usize) -> Vec<(String, Vec<usize>)> {
+        let sizes = self.experts.filter(|_| self.layers[layer].sparse);
+        let shapes = sizes.map(|sizes| sizes.shapes(self.hidden_size));
+        let names = ModuleNames::EXPERTS.map(|name| self.names.in_block(layer, name));
+        names
+            .into_iter()
+            .zip(shapes.into_iter().flatten())
+            .collect()
+    }
+
+    /// Parameters of which a token is multiplied: all, but of experts those of its own.
+    pub fn active_parameters(&self) -> u64 {
+        let share = |tensor: &TensorShape| match (self.experts, tensor.shape.as_slice()) {
+            (Some(experts), [count, ..]) if tensor.shape.len() == 3 => {
+                tensor.parameters() / *count as u64 * experts.per_token as u64
+            }
+            _ => tensor.parameters(),
+        };
+        self.tensors().iter().map(share).sum()
     }
 
     /// Parameters of all tensors.

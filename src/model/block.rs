@@ -11,9 +11,10 @@ use super::linears::Linears;
 use super::residual::ResidualBranch;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{
-    Activation, Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask,
-    FeedForward, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput, LinearSaved,
-    Norm, NormSaved, RopeTables, Segments, backward_shared_input, join_columns, split_columns,
+    Activation, Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, Experts,
+    ExpertsSaved, FeedForward, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput,
+    LinearSaved, Norm, NormSaved, RopeTables, Segments, backward_shared_input, join_columns,
+    split_columns,
 };
 use crate::random::{self, Purpose};
 
@@ -29,6 +30,8 @@ pub(super) struct Block {
     /// Its rotation among those of the pass, if it has one.
     pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
+    /// In place of the MLP's linear layers.
+    pub(super) experts: Option<Experts>,
     /// Paths of the linear layers, as `model.layers.N.self_attn.q_proj`.
     pub(super) paths: Linears<String>,
     /// As the architecture's.
@@ -84,8 +87,14 @@ struct OutputSaved {
     o: LinearSaved,
     attention_output: Option<NormSaved>,
     input: NormSaved,
-    feed_forward: FeedForwardSaved,
+    mlp: MlpSaved,
     mlp_output: Option<NormSaved>,
+}
+
+/// Saved by [`Block::mlp`] for the backward pass.
+enum MlpSaved {
+    Dense(FeedForwardSaved),
+    Experts(ExpertsSaved),
 }
 
 impl BlockSaved {
@@ -192,48 +201,63 @@ impl Block {
         attn_output: Tensor,
         gate_gradients: bool,
     ) -> Result<(Tensor, OutputSaved)> {
-        let (l, paths) = (&self.linears, &self.paths);
+        let (o, path) = (&self.linears.o, &self.paths.o);
         let attn_output = LinearInput::new(pass.context, attn_output)?;
         let (attention, mlp) = (&self.attention_branch, &self.mlp_branch);
         let base = attention.base(x);
-        let (y, o) = self.linear(pass, &l.o, &paths.o, &attn_output, base)?;
+        let (y, o) = self.linear(pass, o, path, &attn_output, base)?;
         drop(attn_output);
         let (x1, attention_output) = attention.add(pass.context, x, y)?;
         let mlp_input = if self.parallel { x } else { &x1 };
         let (h, input) = mlp.input(pass.context, mlp_input)?;
-        let masks = |index: usize, x: &LinearInput| {
-            let (linear, path) = match l.gate_up.get(index) {
-                Some(linear) => (linear, &paths.gate_up[index]),
-                None => (&l.down, &paths.down),
-            };
-            pass.mask(linear, path, x)
-        };
-        let adapted = |linear: &Linear| linear.lora.is_some();
-        let masked = pass.dropout.is_some() && (l.gate_up.iter().any(adapted) || adapted(&l.down));
-        let dropout = masked.then_some(&masks as _);
-        let base = mlp.base(&x1);
-        let (y, feed_forward) =
-            self.feed_forward()
-                .forward(pass.context, h, dropout, base, gate_gradients)?;
+        let (y, of_mlp) = self.mlp(pass, h, mlp.base(&x1), gate_gradients)?;
         let (y, mlp_output) = mlp.add(pass.context, &x1, y)?;
         let saved = OutputSaved {
             o,
             attention_output,
             input,
-            feed_forward,
+            mlp: of_mlp,
             mlp_output,
         };
         Ok((y, saved))
     }
 
-    fn feed_forward(&self) -> FeedForward<'_> {
+    /// h (N, C) -> the result of the MLP or the experts (N, C), added to `base` if given.
+    fn mlp(
+        &self,
+        pass: &Pass<'_>,
+        h: LinearInput,
+        base: Option<&Tensor>,
+        gate_gradients: bool,
+    ) -> Result<(Tensor, MlpSaved)> {
+        let (context, l, paths) = (pass.context, &self.linears, &self.paths);
+        if let Some(experts) = &self.experts {
+            let (y, saved) = experts.forward(context, &h, base)?;
+            return Ok((y, MlpSaved::Experts(saved)));
+        }
+        let mlp = l.gate_up.iter().zip(&paths.gate_up);
+        let mlp: Vec<_> = mlp.chain(l.down.iter().zip(&paths.down)).collect();
+        let masks = |index: usize, x: &LinearInput| {
+            let (linear, path) = mlp.get(index)?;
+            pass.mask(linear, path, x)
+        };
+        let adapted = mlp.iter().any(|(linear, _)| linear.lora.is_some());
+        let masked = pass.dropout.is_some() && adapted;
+        let dropout = masked.then_some(&masks as _);
+        let layers = self.feed_forward()?;
+        let (y, saved) = layers.forward(context, h, dropout, base, gate_gradients)?;
+        Ok((y, MlpSaved::Dense(saved)))
+    }
+
+    fn feed_forward(&self) -> Result<FeedForward<'_>> {
         let l = &self.linears;
-        FeedForward {
+        let missing = || Error::new(Kind::Model, "a block without experts has an MLP");
+        Ok(FeedForward {
             activation: self.activation,
             gated: self.gated_mlp,
             gate_up: &l.gate_up,
-            down: &l.down,
-        }
+            down: l.down.as_ref().ok_or_else(missing)?,
+        })
     }
 
     /// The gradients to compute; a trained norm needs all of them.
@@ -242,7 +266,11 @@ impl Block {
         let mut qk_norms = [&self.q_norm, &self.k_norm].into_iter().flatten();
         let norm = branches.iter().any(|branch| branch.is_trained())
             || qk_norms.any(|norm| norm.is_trained());
-        let linears = self.linears.map(Linear::is_trained);
+        let mut linears = self.linears.map(Linear::is_trained);
+        // Experts take the place of gate and up.
+        linears
+            .gate_up
+            .extend(self.experts.as_ref().map(Experts::is_trained));
         BackwardNeeds::new(&linears, input_gradient || norm, self.parallel)
     }
 
@@ -302,14 +330,18 @@ impl Block {
         } else {
             BackwardDepth::Down
         };
-        let dh = self.feed_forward().backward(
-            context,
-            &sum.layers,
-            h.as_ref(),
-            &saved.feed_forward,
-            depth,
-            gradients,
-        )?;
+        let (dy, h_saved) = (&sum.layers, h.as_ref());
+        let dh = match (&saved.mlp, &self.experts) {
+            (MlpSaved::Dense(saved), _) => {
+                let layers = self.feed_forward()?;
+                layers.backward(context, dy, h_saved, saved, depth, gradients)?
+            }
+            (MlpSaved::Experts(saved), Some(experts)) if needs.gate => {
+                let input = depth == BackwardDepth::Input;
+                experts.backward(context, dy, h_saved, saved, input, gradients)?
+            }
+            (MlpSaved::Experts(_), _) => None,
+        };
         drop((h, sum.layers));
         dh.map(|dh| branch.input_backward(context, &dh, &saved.input, &sum.residual, gradients))
             .transpose()

@@ -8,10 +8,11 @@ use super::block::Block;
 use super::cost::ModelShape;
 use super::embedding::Embedding;
 use super::head::{Classifier, ClassifierHead, DecoderHead};
+use super::names::ModuleNames;
 use super::residual::{BranchNorms, ResidualBranch};
 use super::trained::TrainedNames;
 use crate::error::{Error, Result};
-use crate::ops::{Linear, LmHead, Lora, LoraShape, Norm, Weight};
+use crate::ops::{Experts, Linear, LmHead, Lora, LoraShape, Norm, Weight};
 use crate::work::Precision;
 
 /// Where a decoder's tensors come from.
@@ -197,10 +198,28 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// The experts of block `layer`, if it has any.
+    fn experts(&self, layer: usize) -> Result<Option<Experts>> {
+        let a = self.architecture;
+        let Some(sizes) = a.experts.filter(|_| a.layers[layer].sparse) else {
+            return Ok(None);
+        };
+        let [router, gate_up, down] = sizes.shapes(a.hidden_size);
+        let names = ModuleNames::EXPERTS.map(|name| a.names.in_block(layer, name));
+        Ok(Some(Experts {
+            router: self.weight(&format!("{}.weight", names[0]), &router)?,
+            gate_up: self.weight(&names[1], &gate_up)?,
+            down: self.weight(&names[2], &down)?,
+            per_token: sizes.per_token,
+            normalized: sizes.normalized,
+            activation: a.activation,
+        }))
+    }
+
     pub(super) fn block(&self, layer: usize) -> Result<Block> {
         let a = self.architecture;
         let path = a.names.block_path(layer);
-        let linears = a.linears();
+        let linears = a.linears(layer);
         let norm = |name: Option<&str>, width: usize| {
             name.map(|name| self.norm(&format!("{path}.{name}"), width))
                 .transpose()
@@ -221,6 +240,7 @@ impl<'a> Builder<'a> {
             k_norm: norm(a.qk_norm.map(|_| "self_attn.k_norm"), k_width)?,
             rope: a.layers[layer].rope,
             linears: linears.try_map(|spec| self.linear(&path, spec))?,
+            experts: self.experts(layer)?,
             paths: linears.map(|spec| format!("{path}.{}", spec.name)),
             qkv_groups: a.qkv_groups,
             parallel: a.parallel,

@@ -84,8 +84,22 @@ const KEY_NAMES: &[(&str, &[[&str; 2]])] = &[
             ["hidden_act", "activation"],
         ],
     ),
+    ("cohere", &[["rms_norm_eps", "layer_norm_eps"]]),
+    ("cohere2", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("stablelm", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("starcoder2", &[["rms_norm_eps", "norm_epsilon"]]),
+    (
+        "gpt2",
+        &[
+            ["hidden_size", "n_embd"],
+            ["intermediate_size", "n_inner"],
+            ["num_hidden_layers", "n_layer"],
+            ["num_attention_heads", "n_head"],
+            ["max_position_embeddings", "n_positions"],
+            ["hidden_act", "activation_function"],
+            ["rms_norm_eps", "layer_norm_epsilon"],
+        ],
+    ),
 ];
 
 /// A range of numbers and how an error states it.
@@ -271,14 +285,16 @@ impl<'a> Config<'a> {
         let Some((key, _)) = found else { return Ok(()) };
         let rule = match *key {
             "quantization_config" | "compression_config" => "weights in f32, bf16 or f16".into(),
-            "qk_layernorm" => "false: these norms of q and k are not supported".into(),
+            "qk_layernorm" | "use_qk_norm" => {
+                "false: these norms of q and k are not supported".into()
+            }
             _ => format!("a model of type {model_type} has no such setting"),
         };
         Err(self.wrong(key, &rule).hint(match *key {
             "quantization_config" | "compression_config" => {
                 "use the model's original, unquantised repository"
             }
-            "qk_layernorm" => "choose a model whose config.json has it false",
+            "qk_layernorm" | "use_qk_norm" => "choose a model whose config.json has it false",
             _ => {
                 "transformers would ignore it: remove it from config.json, or correct `model_type`"
             }

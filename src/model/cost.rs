@@ -17,10 +17,11 @@ use super::trained::{
 };
 use crate::adapter::{Adaptation, Site};
 use crate::ops::{
-    Activation, LinearShape, LmHeadShape, LoraShape, add_scaled_cost, attention_backward_cost,
-    attention_decode_cost, attention_forward_cost, columns_cost, dtype, embedding_backward_cost,
-    embedding_cost, lora_embedding_backward_cost, lora_embedding_cost, norm_backward_cost,
-    norm_cost, residual_cost, rope_cost, scale_cost, token_rows_backward_cost, token_rows_cost,
+    Activation, ExpertsShape, LinearShape, LmHeadShape, LoraShape, add_scaled_cost,
+    attention_backward_cost, attention_decode_cost, attention_forward_cost, columns_cost, dtype,
+    embedding_backward_cost, embedding_cost, gather_cost, lora_embedding_backward_cost,
+    lora_embedding_cost, norm_backward_cost, norm_cost, residual_cost, rope_cost, scale_cost,
+    scatter_cost, token_rows_backward_cost, token_rows_cost,
 };
 use crate::work::{Precision, Work};
 
@@ -128,6 +129,7 @@ impl ModelShape {
             tensors.push(TensorShape {
                 name: head.clone(),
                 shape: vec![architecture.vocab_size, architecture.hidden_size],
+                transposed: false,
             });
         }
         Self {
@@ -218,8 +220,11 @@ impl ModelShape {
             outputs.iter().flatten().count() * a.hidden_size + a.qk_norm.map_or(0, |_| q + kv);
         // Parallel branches save one input, of which each rounds a copy.
         let inputs = 2 - usize::from(a.parallel && self.precision == Precision::F32);
-        let inner = a.inner_parts() * a.intermediate_size;
-        let compute_type = inputs * a.hidden_size + 2 * (q + kv) + inner + before_norms;
+        let mlp = match self.experts(layer, 1) {
+            Some(experts) => experts.saved_elements(),
+            None => a.inner_parts() * a.intermediate_size,
+        };
+        let compute_type = inputs * a.hidden_size + 2 * (q + kv) + mlp + before_norms;
         let adapter = |shape: &LinearShape| {
             let mask = if shape.dropout {
                 shape.in_features.div_ceil(32)
@@ -252,7 +257,7 @@ impl ModelShape {
     /// Shapes of the linear layers of block `layer` for `tokens` rows.
     fn linears(&self, layer: usize, tokens: usize, dropout: bool) -> Linears<LinearShape> {
         let mut trained = self.blocks[layer].linears.iter();
-        self.architecture.linears().map(|linear| {
+        self.architecture.linears(layer).map(|linear| {
             let trained = trained.next().copied().unwrap_or_default();
             LinearShape {
                 in_features: linear.in_features,
@@ -260,6 +265,21 @@ impl ModelShape {
                 bias: linear.bias,
                 ..trained.shape(tokens, dropout)
             }
+        })
+    }
+
+    /// The experts of block `layer` for `tokens` tokens, if it has any.
+    fn experts(&self, layer: usize, tokens: usize) -> Option<ExpertsShape> {
+        let a = &self.architecture;
+        let sizes = a.experts.filter(|_| a.layers[layer].sparse)?;
+        Some(ExpertsShape {
+            tokens,
+            hidden: a.hidden_size,
+            inner: sizes.intermediate_size,
+            experts: sizes.count,
+            per_token: sizes.per_token,
+            activation: a.activation,
+            trained: self.blocks[layer].experts,
         })
     }
 
@@ -287,7 +307,10 @@ impl ModelShape {
             work += &self.rope_cost(rope, n);
         }
         work += &(fused_cost(&linears.qkv, 3) + fused_cost(&linears.gate_up, a.inner_parts()));
-        work + a.activation.cost(n * a.intermediate_size, a.gated_mlp)
+        work + match self.experts(layer, n) {
+            Some(experts) => experts.forward_cost(self.precision),
+            None => a.activation.cost(n * a.intermediate_size, a.gated_mlp),
+        }
     }
 
     /// Work of rotating q and k of `n` tokens.
@@ -321,22 +344,17 @@ impl ModelShape {
         let n = rows.tokens;
         let (q, kv) = self.head_widths();
         let shapes = self.linears(layer, n, self.dropout);
-        let trained = self.trained_linears(layer);
         let needs = self.needs(layer, input);
         let linear = |shape: &LinearShape, input: bool| shape.backward_cost(self.precision, input);
         let [attention, mlp] = self.branches(layer, n);
-        let mut work = mlp.output_backward_cost() + linear(&shapes.down, needs.gate);
-        // The input of a trained layer is recomputed from what was saved.
-        if trained.down {
-            work += &a.activation.cost(n * a.intermediate_size, a.gated_mlp);
-        }
-        if needs.gate {
-            work += &a
-                .activation
-                .backward_cost(n * a.intermediate_size, a.gated_mlp);
-            work += &fused_cost(&shapes.gate_up, a.inner_parts());
-            work += &self.inputs_backward(&shapes.gate_up, needs.mlp_input_gradient);
-        }
+        let mut work = mlp.output_backward_cost();
+        work += &match self.experts(layer, n) {
+            Some(experts) if needs.gate => {
+                experts.backward_cost(self.precision, needs.mlp_input_gradient)
+            }
+            Some(_) => Work::default(),
+            None => self.mlp_backward(layer, n, needs),
+        };
         if needs.mlp_input {
             work += &mlp.recompute_cost();
         }
@@ -364,6 +382,28 @@ impl ModelShape {
         }
         if needs.input {
             work += &attention.input_backward_cost();
+        }
+        work
+    }
+
+    /// Backward of the linear layers of the MLP.
+    fn mlp_backward(&self, layer: usize, n: usize, needs: BackwardNeeds) -> Work {
+        let a = &self.architecture;
+        let shapes = self.linears(layer, n, self.dropout);
+        let down = shapes.down.iter();
+        let mut work: Work = down
+            .map(|down| down.backward_cost(self.precision, needs.gate))
+            .sum();
+        // The input of a trained layer is recomputed from what was saved.
+        if self.trained_linears(layer).down == Some(true) {
+            work += &a.activation.cost(n * a.intermediate_size, a.gated_mlp);
+        }
+        if needs.gate {
+            work += &a
+                .activation
+                .backward_cost(n * a.intermediate_size, a.gated_mlp);
+            work += &fused_cost(&shapes.gate_up, a.inner_parts());
+            work += &self.inputs_backward(&shapes.gate_up, needs.mlp_input_gradient);
         }
         work
     }
@@ -526,7 +566,10 @@ impl ModelShape {
     /// The gradients of block `layer`; a trained norm needs all of them.
     fn needs(&self, layer: usize, input: bool) -> BackwardNeeds {
         let any_norm = self.blocks[layer].any_norm();
-        let trained = self.trained_linears(layer);
+        let mut trained = self.trained_linears(layer);
+        // Experts take the place of gate and up.
+        let experts = self.blocks[layer].experts;
+        trained.gate_up.push(experts.contains(&true));
         BackwardNeeds::new(&trained, input || any_norm, self.architecture.parallel)
     }
 
@@ -654,14 +697,4 @@ fn fused_cost(layers: &[LinearShape], parts: usize) -> Work {
         [fused] if parts > 1 => columns_cost(fused.tokens, fused.out_features),
         _ => Work::default(),
     }
-}
-
-/// Work of gathering n rows of c elements.
-pub(super) fn gather_cost(n: usize, c: usize) -> Work {
-    Work::sweep(8 * n * c, 0)
-}
-
-/// Work of scattering `rows` rows of c elements into n rows.
-pub(super) fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
-    Work::sweep(4 * n * c + 8 * rows * c, rows * c)
 }

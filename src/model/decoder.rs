@@ -10,7 +10,7 @@ use super::backward::BackwardRange;
 use super::batch::Batch;
 use super::block::{Block, BlockSaved, Dropout, Pass};
 use super::builder::{Builder, WeightSource};
-use super::cost::{ModelShape, gather_cost, scatter_cost};
+use super::cost::ModelShape;
 use super::embedding::{Embedding, EmbeddingSaved};
 use super::head::{DecoderHead, Pooling};
 use super::kv_cache::KvCache;
@@ -18,7 +18,7 @@ use super::recompute::Recompute;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{
     Context, Gradients, LmHead, Norm, NormSaved, Rope, RopeTables, Segments, TokenRows,
-    cross_entropy, gather_rows, par_map, scatter_rows,
+    cross_entropy, gather_cost, gather_rows, par_map, scatter_cost, scatter_rows,
 };
 use crate::work::{Work, WorkCounter};
 

@@ -80,6 +80,7 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Ar
     let block = LayerKind {
         window: None,
         rope: None,
+        sparse: false,
     };
     let num_hidden_layers = layer_count(config)?;
     Ok(Some(Architecture {
@@ -93,6 +94,8 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Ar
             causal: false,
             ..attention(config, hidden_size)?
         },
+        scales_by_layer: false,
+        experts: None,
         layers: vec![block; num_hidden_layers],
         qkv_groups: 1,
         qk_norm: None,
@@ -117,12 +120,8 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Ar
         ropes: Vec::new(),
         query_scaling: None,
         tie_word_embeddings: false,
-        biases: Biases {
-            qkv: true,
-            o: true,
-            mlp: true,
-            norm: true,
-        },
+        biases: Biases::ALL,
+        transposed_linears: false,
         initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
         stored_in_bf16: stored_in_bf16(config)?,
         stored_formats: BTreeMap::new(),

@@ -8,16 +8,17 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind, QkNorm};
+use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind};
 use super::config::{Config, Range, text_config};
-use super::embedding::EmbeddingParts;
+use super::embedding::{EmbeddingParts, LearnedPositions};
 use super::encoder_config::{encoder, labels};
+use super::expert_sizes::{expert_sizes, sparse_layers};
+use super::families::{Family, family};
 use super::head::{Classified, Head};
 use super::names::ModuleNames;
-use super::residual::BranchNorms;
 use super::rope_config::{RopeShape, query_scaling, rope, ropes_by_layer_type};
 use crate::error::{Error, Kind, Result};
-use crate::ops::{Activation, Attention, NormKind};
+use crate::ops::{Activation, Attention, Rope};
 
 /// Most parameters, blocks and columns of q: far beyond any published model, and small enough that the work of a
 /// step stays within 64 bits.
@@ -26,8 +27,10 @@ const MAX_LAYERS: usize = 1024;
 const MAX_WIDTH: usize = 1 << 24;
 
 /// Keys of dropouts that transformers applies in training.
-const DROPOUT_KEYS: [&str; 11] = [
+const DROPOUT_KEYS: [&str; 13] = [
+    "router_jitter_noise",
     "attention_dropout",
+    "attn_pdrop",
     "resid_pdrop",
     "embd_pdrop",
     "hidden_dropout",
@@ -39,177 +42,6 @@ const DROPOUT_KEYS: [&str; 11] = [
     "dropout",
     "seq_classif_dropout",
 ];
-
-/// What a model type's class does that no key of config.json says.
-struct Family {
-    norm_kind: NormKind,
-    names: ModuleNames,
-    qk_norm: Option<QkNorm>,
-    attention_norms: BranchNorms,
-    mlp_norms: BranchNorms,
-    /// Layers that have biases whatever config.json says.
-    biases: Biases,
-    gated_mlp: bool,
-    /// Whether the columns of a fused q, k, v are grouped by head.
-    groups_qkv_by_head: bool,
-    /// Whether parallel branches share the norm before attention.
-    shares_parallel_norm: bool,
-    /// Whether full and sliding attention have rotary embeddings of their own.
-    ropes_by_layer_type: bool,
-    /// Without `layer_types`: every how many blocks attention is full; 0: never.
-    full_attention_interval: usize,
-    /// Whether rotated queries have a factor by position.
-    scales_queries: bool,
-    /// Gemma: norms scale by 1 + weight, the embedding by sqrt(hidden_size).
-    is_gemma: bool,
-    /// Whether the class reads the rotations `su` and `yarn` as `longrope` and has no others.
-    scales_by_longrope_alone: bool,
-}
-
-const LLAMA: Family = Family {
-    norm_kind: NormKind::Rms,
-    names: ModuleNames::LLAMA,
-    qk_norm: None,
-    attention_norms: BranchNorms {
-        input: Some("input_layernorm"),
-        output: None,
-        on_sum: false,
-    },
-    mlp_norms: BranchNorms {
-        input: Some("post_attention_layernorm"),
-        output: None,
-        on_sum: false,
-    },
-    biases: NO_BIASES,
-    gated_mlp: true,
-    groups_qkv_by_head: false,
-    shares_parallel_norm: false,
-    ropes_by_layer_type: false,
-    full_attention_interval: 0,
-    scales_queries: false,
-    is_gemma: false,
-    scales_by_longrope_alone: false,
-};
-
-const NO_BIASES: Biases = Biases {
-    qkv: false,
-    o: false,
-    mlp: false,
-    norm: false,
-};
-
-/// Llama with LayerNorm.
-const LAYER_NORM: Family = Family {
-    norm_kind: NormKind::Layer,
-    biases: Biases {
-        norm: true,
-        ..NO_BIASES
-    },
-    ..LLAMA
-};
-
-const OLMO2: Family = Family {
-    qk_norm: Some(QkNorm::Rows),
-    attention_norms: BranchNorms {
-        input: None,
-        output: Some("post_attention_layernorm"),
-        on_sum: false,
-    },
-    mlp_norms: BranchNorms {
-        input: None,
-        output: Some("post_feedforward_layernorm"),
-        on_sum: false,
-    },
-    ..LLAMA
-};
-
-const GEMMA2: Family = Family {
-    attention_norms: BranchNorms {
-        input: Some("input_layernorm"),
-        output: Some("post_attention_layernorm"),
-        on_sum: false,
-    },
-    mlp_norms: BranchNorms {
-        input: Some("pre_feedforward_layernorm"),
-        output: Some("post_feedforward_layernorm"),
-        on_sum: false,
-    },
-    full_attention_interval: 2,
-    is_gemma: true,
-    ..LLAMA
-};
-
-impl Family {
-    /// The norms around the MLP, by whether the branches are parallel.
-    fn mlp_norms_of(&self, parallel: bool) -> BranchNorms {
-        if parallel && self.shares_parallel_norm {
-            self.attention_norms
-        } else {
-            self.mlp_norms
-        }
-    }
-}
-
-fn family(model_type: &str) -> Family {
-    match model_type {
-        "qwen2" => Family {
-            biases: Biases {
-                qkv: true,
-                ..NO_BIASES
-            },
-            ..LLAMA
-        },
-        "qwen3" => Family {
-            qk_norm: Some(QkNorm::Heads),
-            ..LLAMA
-        },
-        "olmo2" => OLMO2,
-        "olmo3" => Family {
-            ropes_by_layer_type: true,
-            full_attention_interval: 4,
-            ..OLMO2
-        },
-        "ministral3" => Family {
-            scales_queries: true,
-            ..LLAMA
-        },
-        "gemma" => Family {
-            is_gemma: true,
-            ..LLAMA
-        },
-        "gemma2" => GEMMA2,
-        "gemma3_text" => Family {
-            qk_norm: Some(QkNorm::Heads),
-            ropes_by_layer_type: true,
-            ..GEMMA2
-        },
-        "phi3" => Family {
-            names: ModuleNames::PHI3,
-            scales_by_longrope_alone: true,
-            ..LLAMA
-        },
-        "gpt_neox" => Family {
-            names: ModuleNames::GPT_NEOX,
-            biases: Biases {
-                mlp: true,
-                ..LAYER_NORM.biases
-            },
-            gated_mlp: false,
-            groups_qkv_by_head: true,
-            ..LAYER_NORM
-        },
-        "stablelm" => Family {
-            shares_parallel_norm: true,
-            ..LAYER_NORM
-        },
-        "starcoder2" => Family {
-            names: ModuleNames::STARCODER2,
-            gated_mlp: false,
-            ..LAYER_NORM
-        },
-        _ => LLAMA,
-    }
-}
 
 impl Architecture {
     /// Reads a config.json file.
@@ -238,69 +70,7 @@ impl Architecture {
             check_parameters(&architecture)?;
             return Ok(architecture);
         }
-        let hidden_size = config.required_size("hidden_size")?;
-        let family = family(model_type);
-        let attention = attention(&config, hidden_size)?;
-        let parallel = config.flag("use_parallel_residual")?;
-        let max_position_embeddings = config.required_size("max_position_embeddings")?;
-        let layers = layers(&config, &family)?;
-        let shape = RopeShape {
-            head_dim: attention.head_dim,
-            max_position: max_position_embeddings,
-            longrope_alone: family.scales_by_longrope_alone,
-        };
-        let mut architecture = Self {
-            class: class(&config, model_type),
-            model_type: model_type.to_string(),
-            names: if decoder.is_some() {
-                ModuleNames::IN_LLAVA
-            } else {
-                family.names
-            },
-            hidden_size,
-            intermediate_size: config.required_size("intermediate_size")?,
-            num_hidden_layers: layers.len(),
-            attention,
-            layers,
-            qkv_groups: if family.groups_qkv_by_head {
-                attention.kv_heads
-            } else {
-                1
-            },
-            qk_norm: family.qk_norm,
-            activation: activation(&config, &family)?,
-            attention_norms: family.attention_norms,
-            mlp_norms: family.mlp_norms_of(parallel),
-            parallel,
-            gated_mlp: family.gated_mlp,
-            embedding_factor: embedding_factor(&config, &family, hidden_size)?,
-            rounds_embedding_factor: family.is_gemma,
-            embedding_parts: EmbeddingParts::default(),
-            residual_factor: factor(&config, "residual_multiplier")?,
-            logits_factor: 1.0 / factor(&config, "logits_scaling")?,
-            logits_softcap: config.number("final_logit_softcapping", Range::POSITIVE)?,
-            vocab_size: config.required_size("vocab_size")?,
-            max_position_embeddings,
-            norm_kind: family.norm_kind,
-            norm_unit_offset: family.is_gemma,
-            norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
-            ropes: if family.ropes_by_layer_type {
-                ropes_by_layer_type(&config, shape)?
-            } else {
-                vec![rope(&config, shape)?]
-            },
-            query_scaling: family
-                .scales_queries
-                .then(|| query_scaling(&config))
-                .transpose()?,
-            tie_word_embeddings: config.flag("tie_word_embeddings")?,
-            biases: biases(&config, &family)?,
-            initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
-            stored_in_bf16: stored_in_bf16(&config)?,
-            stored_formats: BTreeMap::new(),
-            dropout: dropout(&config)?,
-            head: Head::Vocabulary,
-        };
+        let mut architecture = decoder_of(&config, model_type, decoder.is_some())?;
         architecture.classify_as(&architecture.class.clone(), &config)?;
         check_parameters(&architecture)?;
         Ok(architecture)
@@ -315,6 +85,73 @@ impl Architecture {
             None => Ok(()),
         }
     }
+}
+
+/// Reads the configuration of a decoder; `composite`: one inside a composite model.
+fn decoder_of(config: &Config<'_>, model_type: &str, composite: bool) -> Result<Architecture> {
+    let hidden_size = config.required_size("hidden_size")?;
+    let family = family(model_type);
+    let attention = attention(config, hidden_size)?;
+    let parallel = family.always_parallel || config.flag("use_parallel_residual")?;
+    let max_position_embeddings = config.required_size("max_position_embeddings")?;
+    let layers = layers(config, family)?;
+    let shape = RopeShape {
+        head_dim: attention.head_dim,
+        max_position: max_position_embeddings,
+        longrope_alone: family.scales_by_longrope_alone,
+        interleaved: family.interleaved_rope,
+    };
+    Ok(Architecture {
+        class: class(config, model_type),
+        model_type: model_type.to_string(),
+        names: if composite {
+            ModuleNames::IN_LLAVA
+        } else {
+            family.names
+        },
+        hidden_size,
+        intermediate_size: intermediate_size(config, hidden_size)?,
+        experts: expert_sizes(config, family)?,
+        num_hidden_layers: layers.len(),
+        attention,
+        scales_by_layer: config.flag("scale_attn_by_inverse_layer_idx")?,
+        layers,
+        qkv_groups: if family.groups_qkv_by_head {
+            attention.kv_heads
+        } else {
+            1
+        },
+        qk_norm: family.qk_norm,
+        activation: activation(config, family)?,
+        attention_norms: family.attention_norms,
+        mlp_norms: family.mlp_norms_of(parallel),
+        parallel,
+        gated_mlp: family.gated_mlp,
+        embedding_factor: embedding_factor(config, family, hidden_size)?,
+        rounds_embedding_factor: family.is_gemma,
+        embedding_parts: embedding_parts(family, max_position_embeddings),
+        residual_factor: factor(config, "residual_multiplier")?,
+        logits_factor: factor(config, "logit_scale")? / factor(config, "logits_scaling")?,
+        logits_softcap: config.number("final_logit_softcapping", Range::POSITIVE)?,
+        vocab_size: config.required_size("vocab_size")?,
+        max_position_embeddings,
+        norm_kind: family.norm_kind,
+        norm_unit_offset: family.is_gemma,
+        norm_eps: config.required_number("rms_norm_eps", Range::NON_NEGATIVE)?,
+        ropes: ropes(config, family, shape)?,
+        query_scaling: family
+            .scales_queries
+            .then(|| query_scaling(config))
+            .transpose()?,
+        tie_word_embeddings: config.flag("tie_word_embeddings")?,
+        biases: biases(config, family)?,
+        transposed_linears: family.transposed_linears,
+        initializer_range: config.required_number("initializer_range", Range::NON_NEGATIVE)?,
+        stored_in_bf16: stored_in_bf16(config)?,
+        stored_formats: BTreeMap::new(),
+        dropout: dropout(config)?,
+        head: Head::Vocabulary,
+    })
 }
 
 /// Refuses more parameters than any model has. Sizes are bounded one by one, so that the sum cannot overflow.
@@ -350,6 +187,14 @@ fn activation(config: &Config<'_>, family: &Family) -> Result<Activation> {
 pub(super) fn activation_of(config: &Config<'_>, key: &str) -> Result<Activation> {
     let activation = config.text(key)?.and_then(Activation::from_name);
     activation.ok_or_else(|| config.wrong(key, "silu, gelu, gelu_pytorch_tanh or relu"))
+}
+
+/// Channels inside the MLP: without `n_inner`, four times the hidden size (GPT-2).
+fn intermediate_size(config: &Config<'_>, hidden_size: usize) -> Result<usize> {
+    if config.has("n_inner") {
+        return Ok(config.size("n_inner")?.unwrap_or(4 * hidden_size));
+    }
+    config.required_size("intermediate_size")
 }
 
 pub(super) fn attention(config: &Config<'_>, hidden_size: usize) -> Result<Attention> {
@@ -406,6 +251,8 @@ fn scale(config: &Config<'_>) -> Result<Option<f64>> {
         Some(required("attention_multiplier")?)
     } else if config.has("query_pre_attn_scalar") {
         Some(required("query_pre_attn_scalar")?.powf(-0.5))
+    } else if config.has("scale_attn_weights") && !config.flag("scale_attn_weights")? {
+        Some(1.0)
     } else {
         None
     })
@@ -422,12 +269,19 @@ fn layers(config: &Config<'_>, family: &Family) -> Result<Vec<LayerKind>> {
     } else {
         None
     };
-    let rotated = rotated_layers(config, count)?;
+    let rotated = match family.positions {
+        Some(_) => vec![false; count],
+        None => rotated_layers(config, count)?,
+    };
     let sliding = sliding_layers(config, family, &rotated)?;
-    let kinds = rotated.into_iter().zip(sliding);
-    let kind = |(rotated, sliding): (bool, bool)| LayerKind {
+    let only_windowed = family.rotates_windowed_alone && window.is_some();
+    let sparse = sparse_layers(config, family, count)?;
+    let kinds = rotated.into_iter().zip(sliding).zip(sparse);
+    let kind = |((rotated, sliding), sparse): ((bool, bool), bool)| LayerKind {
+        sparse,
         window: window.filter(|_| sliding),
-        rope: rotated.then_some(usize::from(family.ropes_by_layer_type && sliding)),
+        rope: (rotated && (sliding || !only_windowed))
+            .then_some(usize::from(family.ropes_by_layer_type && sliding)),
     };
     Ok(kinds.map(kind).collect())
 }
@@ -496,6 +350,30 @@ fn sliding_layers(config: &Config<'_>, family: &Family, rotated: &[bool]) -> Res
     Ok((1..=count).map(|n| !full(n)).collect())
 }
 
+/// The rotary embeddings that blocks choose from; none with learned positions.
+fn ropes(config: &Config<'_>, family: &Family, shape: RopeShape) -> Result<Vec<Rope>> {
+    if family.positions.is_some() {
+        return Ok(Vec::new());
+    }
+    if family.ropes_by_layer_type {
+        return ropes_by_layer_type(config, shape);
+    }
+    Ok(vec![rope(config, shape)?])
+}
+
+/// Learned positions, if the family has them.
+fn embedding_parts(family: &Family, rows: usize) -> EmbeddingParts {
+    let table = |name| LearnedPositions {
+        name,
+        rows,
+        first: 0,
+    };
+    EmbeddingParts {
+        positions: family.positions.map(table),
+        ..EmbeddingParts::default()
+    }
+}
+
 fn embedding_factor(config: &Config<'_>, family: &Family, hidden_size: usize) -> Result<f64> {
     if family.is_gemma {
         return Ok((hidden_size as f64).sqrt());
@@ -503,7 +381,7 @@ fn embedding_factor(config: &Config<'_>, family: &Family, hidden_size: usize) ->
     factor(config, "embedding_multiplier")
 }
 
-/// A factor of Granite; 1 for other types.
+/// A factor of Granite or Cohere; 1 for other types.
 fn factor(config: &Config<'_>, key: &str) -> Result<f64> {
     if config.has(key) {
         return config.required_number(key, Range::POSITIVE);
@@ -517,7 +395,11 @@ fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
     let attention = all || config.flag("attention_bias")?;
     Ok(Biases {
         qkv: attention || config.flag("use_qkv_bias")? || always.qkv,
-        o: attention || always.o,
+        o: if config.has("attention_out_bias") {
+            config.flag("attention_out_bias")?
+        } else {
+            attention && !family.bare_attention_output || always.o
+        },
         mlp: all || config.flag("mlp_bias")? || always.mlp,
         norm: always.norm,
     })
@@ -541,7 +423,12 @@ pub(super) fn dropout(config: &Config<'_>) -> Result<Vec<ConfigDropout>> {
     let mut dropout = Vec::new();
     for key in DROPOUT_KEYS.into_iter().filter(|key| config.has(key)) {
         let p = config.number(key, Range::NON_NEGATIVE)?;
-        dropout.extend(p.filter(|p| *p > 0.0).map(|p| ConfigDropout { key, p }));
+        let default = config.defaults.and_then(|keys| keys.get(key)?.as_f64());
+        dropout.extend(p.filter(|p| *p > 0.0).map(|p| ConfigDropout {
+            key,
+            p,
+            is_default: default == Some(p),
+        }));
     }
     Ok(dropout)
 }

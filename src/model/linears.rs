@@ -10,15 +10,15 @@ pub(super) struct Linears<T> {
     /// gate and up; or one layer with the columns of both; or the one before the activation where
     /// nothing gates it.
     pub(super) gate_up: Vec<T>,
-    /// The output of the MLP.
-    pub(super) down: T,
+    /// The output of the MLP; `None` where experts are in place of both.
+    pub(super) down: Option<T>,
 }
 
 impl<T> Linears<T> {
     /// The values in model order.
     pub(super) fn iter(&self) -> impl Iterator<Item = &T> {
         let qkv = self.qkv.iter().chain([&self.o]);
-        qkv.chain(&self.gate_up).chain([&self.down])
+        qkv.chain(&self.gate_up).chain(&self.down)
     }
 
     /// Applies `f` to each value, in model order.
@@ -27,7 +27,7 @@ impl<T> Linears<T> {
             qkv: self.qkv.iter().map(&mut f).collect(),
             o: f(&self.o),
             gate_up: self.gate_up.iter().map(&mut f).collect(),
-            down: f(&self.down),
+            down: self.down.as_ref().map(f),
         }
     }
 
@@ -40,7 +40,7 @@ impl<T> Linears<T> {
             qkv: self.qkv.iter().map(&mut f).collect::<Result<_, E>>()?,
             o: f(&self.o)?,
             gate_up: self.gate_up.iter().map(&mut f).collect::<Result<_, E>>()?,
-            down: f(&self.down)?,
+            down: self.down.as_ref().map(f).transpose()?,
         })
     }
 }

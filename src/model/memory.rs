@@ -6,6 +6,7 @@
 
 use super::batch::max_shards;
 use super::cost::ModelShape;
+use super::expert_sizes::ExpertSizes;
 use super::recompute::Recompute;
 use crate::ops::dtype;
 use crate::units::Bytes;
@@ -54,7 +55,8 @@ pub fn forecast_memory(
     let a = shape.architecture();
     let n = tokens as u64;
     let c = a.hidden_size as u64;
-    let f = a.intermediate_size as u64;
+    let sparse = |sizes: ExpertSizes| sizes.per_token * sizes.intermediate_size;
+    let f = a.experts.map_or(0, sparse).max(a.intermediate_size) as u64;
     let outputs = a.outputs() as u64;
     let table = a.vocab_size as u64 * c;
     let activations = activations(shape, tokens, recompute);

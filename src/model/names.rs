@@ -31,11 +31,22 @@ pub struct ModuleNames {
     pub lm_head_in_files: Option<&'static str>,
     /// The linear layers, inside a block.
     pub linears: LinearNames,
+    /// Names, in files that hold each expert by itself, of a block's mixture of experts.
+    pub experts_in_files: ExpertNames,
     /// The composite model that the decoder is a part of.
     pub composite: Option<Composite>,
     /// Beginnings of the names of tensors in files that the model does not read: heads of
     /// pre-training.
     pub unread: &'static [&'static str],
+}
+
+/// Names of a block's experts in files that hold each by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertNames {
+    /// The module of the router and the experts.
+    pub module: &'static str,
+    /// gate, up and down of an expert.
+    pub parts: [&'static str; 3],
 }
 
 /// A model of several modalities around the decoder, whose other parts stay as they are stored.
@@ -50,6 +61,13 @@ pub struct Composite {
 }
 
 impl ModuleNames {
+    /// The router (a module), and the stacks of the experts' gate and up, and down, inside a block.
+    pub const EXPERTS: [&str; 3] = [
+        "mlp.gate",
+        "mlp.experts.gate_up_proj",
+        "mlp.experts.down_proj",
+    ];
+
     /// Llama's, which most families share.
     pub const LLAMA: Self = Self {
         base: "model",
@@ -64,14 +82,36 @@ impl ModuleNames {
             gate_up: &["mlp.gate_proj", "mlp.up_proj"],
             down: "mlp.down_proj",
         },
+        experts_in_files: ExpertNames {
+            module: "mlp",
+            parts: ["gate_proj", "up_proj", "down_proj"],
+        },
         composite: None,
         unread: &[],
+    };
+
+    /// Mixtral's.
+    pub const MIXTRAL: Self = Self {
+        experts_in_files: ExpertNames {
+            module: "block_sparse_moe",
+            parts: ["w1", "w3", "w2"],
+        },
+        ..Self::LLAMA
     };
 
     /// Phi-3's: q, k and v are one layer, and so are gate and up.
     pub const PHI3: Self = Self {
         linears: LinearNames {
             qkv: &["self_attn.qkv_proj"],
+            gate_up: &["mlp.gate_up_proj"],
+            ..Self::LLAMA.linears
+        },
+        ..Self::LLAMA
+    };
+
+    /// GLM's: gate and up are one layer.
+    pub const GLM: Self = Self {
+        linears: LinearNames {
             gate_up: &["mlp.gate_up_proj"],
             ..Self::LLAMA.linears
         },
@@ -89,6 +129,21 @@ impl ModuleNames {
             o: "attention.dense",
             gate_up: &["mlp.dense_h_to_4h"],
             down: "mlp.dense_4h_to_h",
+        },
+        ..Self::LLAMA
+    };
+
+    /// GPT-2's.
+    pub const GPT2: Self = Self {
+        base: "transformer",
+        embed_tokens: "wte",
+        layers: "h",
+        norm: Some("ln_f"),
+        linears: LinearNames {
+            qkv: &["attn.c_attn"],
+            o: "attn.c_proj",
+            gate_up: &["mlp.c_fc"],
+            down: "mlp.c_proj",
         },
         ..Self::LLAMA
     };
@@ -184,7 +239,7 @@ impl ModuleNames {
                 format!("{}.{}.{rest}", composite.prefix, composite.base)
             }
             (Some(composite), None) => format!("{}.{name}", composite.prefix),
-            (None, Some(rest)) => rest.to_string(),
+            (None, Some(rest)) => self.router_in_files(name).unwrap_or(rest.to_string()),
             (None, None) => {
                 let head = name.strip_prefix(self.lm_head).zip(self.lm_head_in_files);
                 head.map_or_else(|| name.to_string(), |(part, head)| format!("{head}{part}"))
@@ -195,6 +250,31 @@ impl ModuleNames {
     /// Whether files may hold a tensor of this name that the model does not read.
     pub fn is_unread(&self, name: &str) -> bool {
         self.unread.iter().any(|prefix| name.starts_with(prefix))
+    }
+
+    /// The name of a router's weight in files, where it is another.
+    fn router_in_files(&self, name: &str) -> Option<String> {
+        let [router, ..] = Self::EXPERTS;
+        let path = name.strip_suffix(".weight")?.strip_suffix(router)?;
+        let module = self.experts_in_files.module;
+        (module != "mlp").then(|| format!("{path}{module}.gate.weight"))
+    }
+
+    /// The names of an expert stack's parts in files that hold each expert by itself, in the order
+    /// of its values; empty for other tensors.
+    pub fn expert_parts(&self, name: &str, experts: usize) -> Vec<String> {
+        let [_, gate_up, down] = Self::EXPERTS;
+        let ExpertNames { module, parts } = self.experts_in_files;
+        let (path, parts) = match (name.strip_suffix(gate_up), name.strip_suffix(down)) {
+            (Some(path), _) => (path, &parts[..2]),
+            (_, Some(path)) => (path, &parts[2..]),
+            _ => return Vec::new(),
+        };
+        let of_expert = |expert: usize| {
+            let part = move |part| format!("{path}{module}.experts.{expert}.{part}.weight");
+            parts.iter().map(part)
+        };
+        (0..experts).flat_map(of_expert).collect()
     }
 
     /// Whether a tensor is of a composite model's other parts.
@@ -216,7 +296,7 @@ impl ModuleNames {
 
     /// Path of the embedding.
     pub fn embed_tokens_path(&self) -> String {
-        format!("{}.{}", self.base, self.embed_tokens)
+        self.base_path(self.embed_tokens)
     }
 
     /// Path of the norm before the head.
@@ -232,6 +312,11 @@ impl ModuleNames {
     /// Path of block `layer`.
     pub fn block_path(&self, layer: usize) -> String {
         format!("{}.{}.{layer}", self.base, self.layers)
+    }
+
+    /// Path of a module inside block `layer`.
+    pub fn in_block(&self, layer: usize, name: &str) -> String {
+        format!("{}.{name}", self.block_path(layer))
     }
 
     /// The block of a module inside one.

@@ -24,6 +24,35 @@ pub struct BranchNorms {
     pub on_sum: bool,
 }
 
+impl BranchNorms {
+    /// A norm before the layers.
+    pub(super) const fn before(input: &'static str) -> Self {
+        Self {
+            input: Some(input),
+            output: None,
+            on_sum: false,
+        }
+    }
+
+    /// A norm on their result.
+    pub(super) const fn after(output: &'static str) -> Self {
+        Self {
+            input: None,
+            output: Some(output),
+            on_sum: false,
+        }
+    }
+
+    /// Both.
+    pub(super) const fn around(input: &'static str, output: &'static str) -> Self {
+        Self {
+            input: Some(input),
+            output: Some(output),
+            on_sum: false,
+        }
+    }
+}
+
 /// The norms around the layers, and the factor of their result.
 #[derive(Debug)]
 pub(super) struct ResidualBranch {

@@ -15,6 +15,8 @@ pub(super) struct RopeShape {
     pub(super) max_position: usize,
     /// Whether `su` and `yarn` mean `longrope`, and there are no other kinds (Phi-3).
     pub(super) longrope_alone: bool,
+    /// As [`Rope::interleaved`].
+    pub(super) interleaved: bool,
 }
 
 /// Reads the one rotary embedding of a model. As in transformers, `rope_scaling` replaces
@@ -101,6 +103,7 @@ fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape)
     Ok(Rope {
         head_dim: shape.head_dim,
         rotary_dim,
+        interleaved: shape.interleaved,
         theta,
         scaling,
     })

@@ -14,7 +14,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::Dtype;
 
-use crate::adapter::shards::TensorEntry;
+use crate::adapter::shards::{TensorEntry, transpose};
 use crate::error::{Error, Kind, Result};
 
 /// Elements that one task reads at once: 1 MiB in f32, so that a chunk stays in L2.
@@ -28,12 +28,17 @@ pub(crate) struct StoredTensor<'a> {
     pub(crate) file: &'a File,
     /// The tensor's location.
     pub(crate) tensor: &'a TensorEntry,
+    /// Whether the transpose of the tensor is stored.
+    pub(crate) transposed: bool,
 }
 
 impl StoredTensor<'_> {
     /// Reads the tensor as `dtype` (f32, bf16 or f16) on `device`.
     pub(super) fn tensor(&self, dtype: DType, device: &Device) -> Result<Tensor> {
-        let shape = self.tensor.shape.as_slice();
+        let mut shape = self.tensor.shape.clone();
+        if self.transposed {
+            shape.reverse();
+        }
         Ok(match dtype {
             DType::F32 => Tensor::from_vec(self.f32s()?, shape, device)?,
             DType::BF16 => {
@@ -77,7 +82,7 @@ impl StoredTensor<'_> {
     /// `same`, the bits of `T`, they are copied instead.
     fn read_as<T>(&self, same: Dtype, narrow: impl Fn(f32) -> T + Copy + Sync) -> Result<Vec<T>>
     where
-        T: bytemuck::Pod + Default + Send,
+        T: bytemuck::Pod + Default + Send + Sync,
     {
         let Some(size) = element_size(self.tensor.dtype) else {
             return Err(Error::new(
@@ -109,7 +114,10 @@ impl StoredTensor<'_> {
                 Ok(())
             },
         )?;
-        Ok(values)
+        match self.tensor.shape.as_slice() {
+            [rows, columns] if self.transposed => Ok(transpose(&values, *rows, *columns)),
+            _ => Ok(values),
+        }
     }
 
     /// Fills `bytes` from offset `at` of the file.
@@ -218,6 +226,7 @@ mod tests {
                 path: &path,
                 file: &file,
                 tensor: &tensor,
+                transposed: false,
             };
             for dtype in [DType::F32, DType::F16, DType::BF16] {
                 let read = source.tensor(dtype, &Device::Cpu).unwrap();
@@ -251,6 +260,7 @@ mod tests {
             path: &path,
             file: &file,
             tensor: &tensor,
+            transposed: false,
         }
         .f32s()
         .unwrap_err();
@@ -273,6 +283,7 @@ mod tests {
             path: &path,
             file: &file,
             tensor: &tensor,
+            transposed: false,
         }
         .f32s()
         .unwrap_err();

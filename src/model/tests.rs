@@ -24,8 +24,8 @@ fn figures(a: &Architecture) -> Value {
     let tensors = a.tensors();
     let outer = tensors
         .iter()
-        .filter(|tensor| !tensor.name.contains(".layers.") || tensor.name.contains(".layers.0."))
-        .map(|tensor| (tensor.name.clone(), json!(tensor.shape)));
+        .filter(|tensor| a.names.layer_of(&tensor.name).unwrap_or(0) == 0)
+        .map(|tensor| (tensor.name.clone(), json!(tensor.stored_shape())));
     let windows: Vec<_> = a.layers.iter().map(|layer| layer.window).collect();
     json!({
         "parameters": a.parameters(), "tensors": outer.collect::<serde_json::Map<_, _>>(),
@@ -160,7 +160,14 @@ fn dropout_is_reported() {
     config["attention_dropout"] = 0.1.into();
     let dropout = Architecture::from_config(&config).unwrap().dropout;
     let key = "attention_dropout";
-    assert_eq!(dropout, [ConfigDropout { key, p: 0.1 }]);
+    let expected = ConfigDropout {
+        key,
+        p: 0.1,
+        is_default: false,
+    };
+    assert_eq!(dropout, [expected]);
+    let gpt2 = Architecture::from_config(&json!({"model_type": "gpt2"})).unwrap();
+    assert!(gpt2.dropout.len() == 3 && gpt2.dropout.iter().all(|dropout| dropout.is_default));
 }
 
 /// A tied architecture and a file of its tensors, with a head if `head` gives its first value.

@@ -2,6 +2,7 @@
 
 use super::architecture::{Architecture, LinearSpec, TensorShape};
 use super::linears::Linears;
+use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::adapter::Adaptation;
 use crate::ops::{LinearShape, LoraShape, StoredFormat};
@@ -10,6 +11,8 @@ use crate::ops::{LinearShape, LoraShape, StoredFormat};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TrainedBlock {
     pub(super) linears: Linears<TrainedLinear>,
+    /// The router, and the experts' gate and up, and down.
+    pub(super) experts: [bool; 3],
     /// The norms before and after attention.
     pub(super) attention_norms: [bool; 2],
     /// The norms before and after the MLP.
@@ -85,7 +88,8 @@ impl TrainedBlock {
     }
 
     pub(super) fn any(&self) -> bool {
-        self.any_norm() || self.linears.iter().any(|linear| linear.any())
+        let linear = self.linears.iter().any(|linear| linear.any());
+        self.any_norm() || linear || self.experts.contains(&true)
     }
 }
 
@@ -195,7 +199,13 @@ impl TrainedNames<'_> {
         };
         let qk_norm = |name: &'static str| norm(architecture.qk_norm.map(|_| name));
         TrainedBlock {
-            linears: architecture.linears().map(linear),
+            linears: architecture.linears(layer).map(linear),
+            experts: if architecture.layers[layer].sparse {
+                let stack = |name: &str| (self.weight)(&format!("{path}.{name}"));
+                ModuleNames::EXPERTS.map(|name| weight(name) || stack(name))
+            } else {
+                [false; 3]
+            },
             attention_norms: norms(architecture.attention_norms),
             mlp_norms: norms(architecture.mlp_norms),
             qk_norms: ["self_attn.q_norm", "self_attn.k_norm"].map(qk_norm),

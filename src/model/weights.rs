@@ -1,6 +1,6 @@
 //! A model's tensors: safetensors files checked against the architecture, or random values.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use rand_chacha::rand_core::Rng;
 use safetensors::tensor::Dtype;
 use sha2::{Digest, Sha256};
 
-use super::architecture::{Architecture, TensorShape};
+use super::architecture::Architecture;
 use super::gguf::{self, Family};
 use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::TensorEntry;
@@ -37,6 +37,8 @@ pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// Name in the architecture -> location in the files.
     locations: BTreeMap<String, TensorEntry>,
+    /// Tensors of the architecture whose transposes are stored.
+    transposed: BTreeSet<String>,
     architecture: Architecture,
     /// Of a GGUF file.
     gguf: Option<&'static Family>,
@@ -73,6 +75,8 @@ impl Weights {
             .into_iter()
             .filter_map(|(name, in_file)| Some((name, stored.remove(&in_file)?)));
         let locations = locations.collect();
+        let tensors = architecture.tensors().into_iter();
+        let tensors = tensors.filter(|tensor| tensor.transposed);
         let open = |path: &PathBuf| {
             Ok((
                 path.clone(),
@@ -83,6 +87,7 @@ impl Weights {
             files: paths.iter().map(open).collect::<Result<_>>()?,
             locations,
             gguf: Family::of(&architecture.model_type).filter(|_| gguf::is_gguf(paths)),
+            transposed: tensors.map(|tensor| tensor.name).collect(),
             architecture: architecture.clone(),
         })
     }
@@ -108,6 +113,18 @@ impl Weights {
     /// The tensor `name` of the architecture as `dtype` on `device`, read and converted in one
     /// pass.
     pub fn get(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        let parts = self.parts(name);
+        if parts.is_empty() {
+            return self.stored(name, dtype, device);
+        }
+        let parts = parts.iter().map(|part| self.get(part, dtype, device));
+        let parts = Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
+        let (experts, columns) = (self.experts(), parts.dims2()?.1);
+        Ok(parts.reshape((experts, (), columns))?)
+    }
+
+    /// A tensor of the files.
+    fn stored(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let source = self.source(name)?;
         if self.gguf.is_none() {
             return source.tensor(dtype, device);
@@ -115,6 +132,19 @@ impl Weights {
         let shape = source.tensor.shape.as_slice();
         let values = Tensor::from_vec(self.values(name)?, shape, device)?;
         Ok(values.to_dtype(dtype)?)
+    }
+
+    fn experts(&self) -> usize {
+        self.architecture.experts.map_or(0, |sizes| sizes.count)
+    }
+
+    /// The tensors that the files hold in place of a stack of experts; empty for any other.
+    fn parts(&self, name: &str) -> Vec<String> {
+        if self.locations.contains_key(name) {
+            return Vec::new();
+        }
+        let names = &self.architecture.names;
+        names.expert_parts(name, self.experts())
     }
 
     /// The values of the tensor `name` in f32, or random ones where the files lack a layer of the
@@ -128,11 +158,18 @@ impl Weights {
 
     /// The stored type of the tensor `name` of the architecture.
     pub fn dtype(&self, name: &str) -> Result<Dtype> {
-        Ok(self.source(name)?.tensor.dtype)
+        let parts = self.parts(name);
+        let stored = parts.first().map_or(name, String::as_str);
+        Ok(self.source(stored)?.tensor.dtype)
     }
 
     /// The values of the tensor `name` of the architecture in f32, row-major.
     pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let parts = self.parts(name);
+        if !parts.is_empty() {
+            let values = parts.iter().map(|part| self.values(part));
+            return Ok(values.collect::<Result<Vec<_>>>()?.concat());
+        }
         let source = self.source(name)?;
         let mut values = source.f32s()?;
         let Some(family) = self.gguf else {
@@ -197,7 +234,12 @@ impl Weights {
             .hint("a layer of the head that the files lack is trained from random values: name it in `modules_to_save` in [adapter]"));
         };
         let (path, file) = &self.files[tensor.file];
-        Ok(StoredTensor { path, file, tensor })
+        Ok(StoredTensor {
+            path,
+            file,
+            tensor,
+            transposed: self.transposed.contains(name),
+        })
     }
 }
 
@@ -284,7 +326,7 @@ fn match_tensors(
     };
     let mut names = BTreeMap::new();
     let mut problems = Vec::new();
-    for TensorShape { name, shape } in architecture.tensors() {
+    for (name, shape) in stored_tensors(architecture, found) {
         let stored = stored_name(architecture, found, &name);
         match found.get(&stored) {
             // Trained from random values; `Weights::frozen` refuses it.
@@ -330,6 +372,31 @@ fn match_tensors(
     .hint("config.json and the weights must come from the same revision of the same model"))
 }
 
+/// The architecture's tensors as the files hold them, with their shapes there: a stack of experts may
+/// be stored as a matrix for each.
+fn stored_tensors(
+    architecture: &Architecture,
+    found: &BTreeMap<String, Vec<usize>>,
+) -> Vec<(String, Vec<usize>)> {
+    let count = architecture.experts.map_or(0, |sizes| sizes.count);
+    let mut tensors = Vec::new();
+    for tensor in architecture.tensors() {
+        let parts = architecture.names.expert_parts(&tensor.name, count);
+        let stacked = found.contains_key(&stored_name(architecture, found, &tensor.name));
+        let [experts, rows, columns] = tensor.shape[..] else {
+            tensors.push((tensor.name.clone(), tensor.stored_shape()));
+            continue;
+        };
+        if stacked {
+            tensors.push((tensor.name, tensor.shape));
+            continue;
+        }
+        let rows = experts * rows / parts.len().max(1);
+        tensors.extend(parts.into_iter().map(|part| (part, vec![rows, columns])));
+    }
+    tensors
+}
+
 /// The name in the files of the tensor `name` of the architecture. A tied embedding may be stored
 /// as the head.
 fn stored_name(
@@ -359,8 +426,9 @@ fn stored_name(
 }
 
 /// Initial values of a tensor for training from scratch, as in transformers: scales of norms one, biases
-/// zero, all others normal with standard deviation `initializer_range`. Each tensor has a separate
-/// random stream, keyed by seed and name.
+/// zero, all others normal with standard deviation `initializer_range`; in GPT-2's layers that add to
+/// the residual stream, of which there are two a block, that by the root of their number. Each tensor
+/// has a separate random stream, keyed by seed and name.
 pub fn random_tensor(
     architecture: &Architecture,
     name: &str,
@@ -379,7 +447,11 @@ pub fn random_tensor(
     if name.ends_with(".bias") {
         return vec![0.0; count];
     }
-    normal(name, count, architecture.initializer_range, seed)
+    let mut deviation = architecture.initializer_range;
+    if architecture.transposed_linears && name.ends_with("c_proj.weight") {
+        deviation /= (2.0 * architecture.num_hidden_layers as f64).sqrt();
+    }
+    normal(name, count, deviation, seed)
 }
 
 /// `count` normal values with this standard deviation, by the random stream of `name`.

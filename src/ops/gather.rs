@@ -6,6 +6,17 @@ use super::Context;
 use super::parallel::par_for_each;
 use super::storage::{CpuTensor, ROWS_PER_TASK, f32_tensor, uninit_vec};
 use crate::error::Result;
+use crate::work::Work;
+
+/// Work of gathering n rows of c elements.
+pub fn gather_cost(n: usize, c: usize) -> Work {
+    Work::sweep(8 * n * c, 0)
+}
+
+/// Work of scattering `rows` rows of c elements into n rows.
+pub fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
+    Work::sweep(4 * n * c + 8 * rows * c, rows * c)
+}
 
 /// x (N, C), `indices` (L) u32 -> the rows (L, C).
 ///

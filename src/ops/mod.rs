@@ -17,6 +17,7 @@ mod columns;
 mod cross_entropy;
 mod dropout;
 mod embedding;
+mod experts;
 mod feed_forward;
 mod gather;
 mod gemm;
@@ -48,8 +49,9 @@ pub use embedding::{
     embedding, embedding_backward, embedding_backward_cost, embedding_cost, lora_embedding,
     lora_embedding_backward, lora_embedding_backward_cost, lora_embedding_cost,
 };
+pub use experts::{Experts, ExpertsSaved, ExpertsShape};
 pub use feed_forward::{BackwardDepth, FeedForward, FeedForwardSaved, Masks};
-pub use gather::{gather_rows, scatter_rows};
+pub use gather::{gather_cost, gather_rows, scatter_cost, scatter_rows};
 pub use linear::{
     Branch, InputGradient, Linear, LinearInput, LinearSaved, LinearShape, Lora, LoraShape,
     Magnitude, backward_shared_input,
@@ -104,6 +106,15 @@ impl<'a> Context<'a> {
         Self {
             precision: Precision::F32,
             ..self
+        }
+    }
+
+    /// The same with another counter.
+    fn counting(self, counter: &WorkCounter) -> Context<'_> {
+        Context {
+            counter,
+            precision: self.precision,
+            reference: self.reference,
         }
     }
 

@@ -82,7 +82,8 @@ pub enum RopeScaling {
 /// # use candle_core::{Device, Tensor};
 /// # use wattune::ops::{Context, Rope, RopeScaling, Segments};
 /// # use wattune::work::{Precision, WorkCounter};
-/// let rope = Rope { head_dim: 2, rotary_dim: 2, theta: 1., scaling: RopeScaling::None };
+/// let scaling = RopeScaling::None;
+/// let rope = Rope { head_dim: 2, rotary_dim: 2, interleaved: false, theta: 1., scaling };
 /// let tables = rope.tables(&Segments::from_lengths([2]), &Device::Cpu)?;
 /// let x = Tensor::new(&[[1f32, 0.], [1., 0.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
@@ -96,6 +97,9 @@ pub struct Rope {
     pub head_dim: usize,
     /// The first of them, which are rotated; even.
     pub rotary_dim: usize,
+    /// Whether neighbouring channels 2i and 2i + 1 rotate together (GPT-J), rather than i and
+    /// rotary_dim / 2 + i (GPT-NeoX).
+    pub interleaved: bool,
     /// Base of the frequencies.
     pub theta: f64,
     /// Frequency scaling.
@@ -135,6 +139,7 @@ impl QueryScaling {
 #[derive(Debug, Clone)]
 pub struct RopeTables {
     head_dim: usize,
+    interleaved: bool,
     cos: Tensor,
     sin: Tensor,
 }
@@ -298,10 +303,25 @@ impl Rope {
         let shape = (cos.len() / (self.rotary_dim / 2), self.rotary_dim / 2);
         Ok(RopeTables {
             head_dim: self.head_dim,
+            interleaved: self.interleaved,
             cos: Tensor::from_vec(cos, shape, device)?,
             sin: Tensor::from_vec(sin, shape, device)?,
         })
     }
+}
+
+/// Rotates the neighbouring channels of a head x by angles (rotary_dim / 2); copies the others.
+#[inline(always)]
+fn rotate_pairs<Y: Element>(y: &mut [Y], x: &[f32], cos: &[f32], sin: &[f32], direction: f32) {
+    let (rotated, rest) = x.split_at(2 * cos.len());
+    let (y, y_rest) = y.split_at_mut(2 * cos.len());
+    let pairs = y.chunks_exact_mut(2).zip(rotated.chunks_exact(2));
+    for ((y, x), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+        let s = direction * sin;
+        y[0] = Y::cast(x[0] * cos - x[1] * s);
+        y[1] = Y::cast(x[1] * cos + x[0] * s);
+    }
+    cast_into(y_rest, rest);
 }
 
 /// Llama 3.1's rule for one frequency.
@@ -350,8 +370,12 @@ impl RopeTables {
         context.counter.add(rope_cost(n, c, rotated));
         match context.path(x) {
             Path::Cpu => self.rotate_cpu(context, x, direction),
-            Path::Device => self.rotate_channels(x, |x| self.rotate_device(x, direction)),
-            Path::Reference => self.rotate_channels(x, |x| self.rotate_reference(x, direction)),
+            Path::Device if !self.interleaved => {
+                self.rotate_channels(x, |x| self.rotate_device(x, direction))
+            }
+            Path::Device | Path::Reference => {
+                self.rotate_channels(x, |x| self.rotate_reference(x, direction))
+            }
         }
     }
 
@@ -389,8 +413,14 @@ impl RopeTables {
     fn rotate_reference(&self, x: &Tensor, direction: f32) -> Result<Tensor> {
         let (n, heads, rotary_dim) = x.dims3()?;
         let half = rotary_dim / 2;
-        let first = x.narrow(2, 0, half)?;
-        let second = x.narrow(2, half, half)?;
+        // The two channels of each pair, and the dimension that they differ in.
+        let (pairs, dim) = if self.interleaved {
+            (x.reshape((n, heads, half, 2))?, 3)
+        } else {
+            (x.reshape((n, heads, 2, half))?, 2)
+        };
+        let first = pairs.narrow(dim, 0, 1)?.squeeze(dim)?;
+        let second = pairs.narrow(dim, 1, 1)?.squeeze(dim)?;
         let cos = self
             .cos
             .reshape((n, 1, half))?
@@ -399,7 +429,7 @@ impl RopeTables {
         let sin = sin.broadcast_as((n, heads, half))?;
         let y1 = ((&first * &cos)? - (&second * &sin)?)?;
         let y2 = ((&second * &cos)? + (&first * &sin)?)?;
-        Ok(Tensor::cat(&[y1, y2], 2)?)
+        Ok(Tensor::stack(&[y1, y2], dim)?.reshape((n, heads, rotary_dim))?)
     }
 
     fn rotate_cpu(&self, context: Context<'_>, x: &Tensor, direction: f32) -> Result<Tensor> {
@@ -435,6 +465,10 @@ impl RopeTables {
                     let row = head / (c / head_dim);
                     let cos = &cos[row * half..][..half];
                     let sin = &sin[row * half..][..half];
+                    if self.interleaved {
+                        rotate_pairs(y, x, cos, sin, direction);
+                        continue;
+                    }
                     let (y1, y2) = y.split_at_mut(half);
                     let (y2, rest) = y2.split_at_mut(half);
                     let (x1, x2) = (&x[..half], &x[half..][..half]);

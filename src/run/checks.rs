@@ -4,6 +4,7 @@ use std::path::Path;
 
 use super::options::MAX_STEPS;
 use super::prepare::{Prepared, Target};
+use crate::adapter::Targets;
 use crate::error::{Error, Kind, Result};
 use crate::files::available_space;
 use crate::forecast::measured_kinds;
@@ -48,9 +49,15 @@ pub(super) fn refuse_adapter_on_random_weights(recipe: &Recipe) -> Result<()> {
 }
 
 /// Refuses to train a decoder whose config.json has dropout: transformers applies it in training.
-/// Encoders are published with dropout: see [`dropout_warning`].
+/// Encoders are published with dropout, and so are decoders whose class has it by default (GPT-2): see
+/// [`dropout_warning`].
 pub(super) fn refuse_dropout(architecture: &Architecture) -> Result<()> {
-    let found = dropouts(architecture).filter(|_| architecture.classifier().is_none());
+    let is_default = architecture
+        .dropout
+        .iter()
+        .all(|dropout| dropout.is_default);
+    let refused = !is_default && architecture.classifier().is_none();
+    let found = dropouts(architecture).filter(|_| refused);
     let Some(found) = found else {
         return Ok(());
     };
@@ -68,13 +75,23 @@ pub(super) fn refuse_dropout(architecture: &Architecture) -> Result<()> {
     )))
 }
 
-/// The warning about dropout in the config.json of an encoder.
+/// The warning about dropout in config.json that is not refused.
 pub(super) fn dropout_warning(architecture: &Architecture) -> Option<String> {
     let found = dropouts(architecture)?;
     Some(format!(
         "config.json has dropout ({found}), which transformers applies in training and this run does not: `lora_dropout` in [adapter] \
          is what drops elements"
     ))
+}
+
+/// The warning that `all-linear` leaves out a model's experts, which PEFT would adapt.
+pub(super) fn experts_warning(architecture: &Architecture, targets: &Targets) -> Option<String> {
+    let left_out = architecture.experts.is_some() && *targets == Targets::AllLinear;
+    left_out.then(|| {
+        "`all-linear` means the layers of attention: the experts and their routers stay frozen \
+         (PEFT would adapt them through `target_parameters`)"
+            .to_string()
+    })
 }
 
 /// The dropouts above zero.

@@ -1,6 +1,6 @@
 //! The trained part of a recipe, resolved against the model's layers.
 
-use super::checks::dropout_warning;
+use super::checks::{dropout_warning, experts_warning};
 use super::continued::continue_adapter;
 use super::prepare::Target;
 use crate::adapter::config::OneOrMany;
@@ -136,6 +136,9 @@ pub(super) fn saved_config(
 /// Parts of the configurations of the model and of the continued adapter that have no effect.
 pub(super) fn config_warnings(target: &Target, architecture: &Architecture) -> Result<Vec<String>> {
     let mut warnings: Vec<String> = dropout_warning(architecture).into_iter().collect();
+    if let Target::Lora { settings, .. } = target {
+        warnings.extend(experts_warning(architecture, &settings.target_modules));
+    }
     if let Target::Lora {
         from: Some(adapter),
         ..

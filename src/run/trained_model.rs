@@ -11,11 +11,13 @@ use super::target::saved_config;
 use super::task::write_labels;
 use crate::adapter::convert::joined;
 use crate::adapter::peft::StoredValues;
-use crate::adapter::shards::{F32Tensor, write_f32s};
+use crate::adapter::shards::{F32Tensor, transpose, write_f32s};
 use crate::adapter::{self, Adaptation, AdapterTensor, LoraConfig, Part, Place};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::model_name;
-use crate::model::{AdapterStart, TrainableModel, Weights, initial_values, random_tensor};
+use crate::model::{
+    AdapterStart, Architecture, TensorShape, TrainableModel, Weights, initial_values, random_tensor,
+};
 use crate::ops::{Parameters, Slot};
 use crate::recipe::Init;
 
@@ -174,14 +176,45 @@ fn export_model(
     dir: &Path,
     trained_tokens: Option<u64>,
 ) -> Result<()> {
+    let architecture = &prepared.architecture;
     parameters.with_rows(|[values, ..]| {
-        let slots = parameters.slots().iter();
-        let tensors = slots.filter_map(|slot| {
-            F32Tensor::new(&slot.name, slot.shape.clone(), &values[slot.range()])
-        });
+        let tensors = architecture.tensors();
+        let slots = parameters.slots().iter().zip(&tensors);
+        let stored = slots
+            .flat_map(|(slot, tensor)| stored_tensors(architecture, tensor, &values[slot.range()]));
+        let stored: Vec<(String, Vec<usize>, Cow<'_, [f32]>)> = stored.collect();
+        let tensors = stored
+            .iter()
+            .filter_map(|(name, shape, values)| F32Tensor::new(name, shape.clone(), values));
         write_f32s(&dir.join("model.safetensors"), tensors.collect(), true)
     })?;
     write_model_config(prepared, dir, trained_tokens)
+}
+
+/// A tensor of the architecture as files hold it: a Conv1D's weight transposed, a stack of experts as
+/// a matrix for each.
+fn stored_tensors<'v>(
+    architecture: &Architecture,
+    tensor: &TensorShape,
+    values: &'v [f32],
+) -> Vec<(String, Vec<usize>, Cow<'v, [f32]>)> {
+    let shape = tensor.stored_shape();
+    match (tensor.shape.as_slice(), architecture.experts) {
+        ([rows, columns], _) if tensor.transposed => {
+            let values = transpose(values, *rows, *columns).into();
+            vec![(tensor.name.clone(), shape, values)]
+        }
+        ([_, _, columns], Some(sizes)) => {
+            let names = architecture.names.expert_parts(&tensor.name, sizes.count);
+            let size = values.len() / names.len().max(1);
+            let parts = names.into_iter().zip(values.chunks(size.max(1)));
+            let shape = vec![size / columns, *columns];
+            parts
+                .map(|(name, part)| (name, shape.clone(), part.into()))
+                .collect()
+        }
+        _ => vec![(tensor.name.clone(), shape, values.into())],
+    }
 }
 
 /// Writes the config.json of an exported model: f32, tied as its tensors are, and for a model trained from scratch the tokens it was trained on.

@@ -253,6 +253,7 @@ impl Checkpoints {
                 path: &file,
                 file: &open,
                 tensor: row,
+                transposed: false,
             };
             let values = source.f32s().map_err(|e| damaged(&path, &e.to_string()))?;
             parameters.restore_row(index, &values)?;

@@ -172,7 +172,7 @@ impl Golden {
         let head = self.architecture.output_embedding();
         let linears = modules
             .into_iter()
-            .filter(|m| m.path != head && m.kind == ModuleKind::Linear);
+            .filter(|m| m.path != head && m.kind != ModuleKind::Embedding);
         let site = |m: wattune::adapter::Module| Site {
             path: m.path,
             in_features: m.in_features,
@@ -180,7 +180,7 @@ impl Golden {
             r: R,
             lora_alpha: 12.0,
             scaling: SCALING,
-            kind: ModuleKind::Linear,
+            kind: m.kind,
         };
         linears.map(site).collect()
     }
@@ -232,6 +232,18 @@ impl Golden {
             parameters.weight(slot.unwrap())
         };
         (self.assemble(&weight, &|_| Ok(None)), parameters)
+    }
+
+    /// The gradient of the base or of the adapter; a transposed weight's as (out, in).
+    pub fn gradient(&self, kind: &str, name: &str) -> Tensor {
+        let gradient = &self.tensors[&format!("{kind}.grad.{name}")];
+        let tensors = self.architecture.tensors();
+        let transposed = tensors.iter().any(|t| t.name == name && t.transposed);
+        if transposed {
+            gradient.t().unwrap()
+        } else {
+            gradient.clone()
+        }
     }
 
     pub fn number(&self, key: &str) -> f64 {

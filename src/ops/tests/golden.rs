@@ -186,6 +186,7 @@ fn rope_with_every_scaling() {
         let rope = Rope {
             head_dim: 16,
             rotary_dim: 16,
+            interleaved: false,
             theta,
             scaling,
         };

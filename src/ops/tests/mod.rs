@@ -13,6 +13,7 @@ mod costs;
 mod dora;
 mod dropout;
 mod elementwise;
+mod experts;
 mod feed_forward;
 mod golden;
 mod linear;

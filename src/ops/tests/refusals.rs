@@ -69,6 +69,7 @@ fn tables(head_dim: usize) -> RopeTables {
     let rope = Rope {
         head_dim,
         rotary_dim: head_dim,
+        interleaved: false,
         theta: 10.0,
         scaling: RopeScaling::None,
     };

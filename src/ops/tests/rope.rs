@@ -8,8 +8,8 @@ use super::{Pair, cases, close, flat, for_each_path, random, tensor};
 use crate::error::Result;
 use crate::work::{Precision, WorkCounter};
 
-/// Channel i and i + R/2 as the complex number x_i + i x_(i + R/2), rotated by position *
-/// frequency. `frequency`: of a pair, in a segment of a length.
+/// Channel i and i + R/2, or 2i and 2i + 1, as the real and imaginary part of a number rotated by
+/// position * frequency. `frequency`: of a pair, in a segment of a length.
 fn naive(
     x: &Tensor,
     lengths: &[usize],
@@ -27,13 +27,23 @@ fn naive(
     let angles = Tensor::from_vec(angles, (n, 1, half), &Device::Cpu)?;
     let (cos, sin) = (angles.cos()?, angles.sin()?);
     let x = x.reshape((n, c / head_dim, head_dim))?;
-    let (re, im) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let heads = c / head_dim;
+    let rotated = x.narrow(2, 0, 2 * half)?;
+    let (pairs, dim) = if rope.interleaved {
+        (rotated.reshape((n, heads, half, 2))?, 3)
+    } else {
+        (rotated.reshape((n, heads, 2, half))?, 2)
+    };
+    let part = |index| pairs.narrow(dim, index, 1)?.squeeze(dim);
+    let (re, im) = (part(0)?, part(1)?);
     let real = (re.broadcast_mul(&cos)? - im.broadcast_mul(&sin)?)?;
     let imaginary = (im.broadcast_mul(&cos)? + re.broadcast_mul(&sin)?)?;
     let rest = x.narrow(2, 2 * half, head_dim - 2 * half)?;
-    let parts = [real, imaginary, rest];
-    let parts = &parts[..if 2 * half < head_dim { 3 } else { 2 }];
-    Tensor::cat(parts, 2)?.reshape((n, c))
+    let rotated = Tensor::stack(&[real, imaginary], dim)?.reshape((n, heads, 2 * half))?;
+    if 2 * half == head_dim {
+        return rotated.reshape((n, c));
+    }
+    Tensor::cat(&[rotated, rest], 2)?.reshape((n, c))
 }
 
 fn prove(
@@ -69,12 +79,13 @@ proptest! {
         heads in 1usize..4,
         half in 1usize..9,
         unrotated in 0usize..5,
+        interleaved: bool,
         seed: u64,
     ) {
         let (theta, rotary_dim) = (10_000f64, 2 * half);
         let head_dim = rotary_dim + unrotated;
         let plain = |i: usize, theta: f64| theta.powf(-(i as f64) / half as f64);
-        let rope = Rope { head_dim, rotary_dim, theta, scaling: RopeScaling::None };
+        let rope = Rope { head_dim, rotary_dim, interleaved, theta, scaling: RopeScaling::None };
         prove(&rope, &lengths, heads, seed, |i, _| plain(i, theta));
         let rope = Rope { scaling: RopeScaling::Linear { factor: 4.0 }, ..rope };
         prove(&rope, &lengths, heads, seed, |i, _| plain(i, theta) / 4.0);
@@ -95,6 +106,7 @@ fn scaled(scaling: RopeScaling) -> Rope {
     Rope {
         head_dim: 8,
         rotary_dim: 8,
+        interleaved: false,
         theta: 65536.0,
         scaling,
     }
@@ -170,6 +182,7 @@ fn positions_restart_and_continue() -> Result<()> {
     let rope = Rope {
         head_dim: 4,
         rotary_dim: 4,
+        interleaved: false,
         theta: 100.0,
         scaling: RopeScaling::None,
     };

@@ -1,4 +1,6 @@
-//! Composite models: the merged model against PEFT's logits, with the other parts as they were.
+//! Merged models against PEFT's logits; of composite models, with the other parts as they were.
+
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use safetensors::SafeTensors;
@@ -13,30 +15,35 @@ use crate::golden::{Golden, close, contexts};
 const COMPOSITE: [&str; 2] = ["gemma3_vision", "ministral3"];
 
 #[test]
+fn merged_models_give_the_logits_of_the_adapted_ones() {
+    for name in ["gpt2", "qwen3_moe", "mixtral"]
+        .into_iter()
+        .chain(COMPOSITE)
+    {
+        let golden = Golden::open(name);
+        let architecture = &golden.architecture;
+        let dir = tempfile::tempdir().unwrap();
+        let merged = merge(&golden, dir.path());
+        let weights = Weights::open(&[merged], architecture).unwrap();
+        let decoder = frozen(architecture, weights);
+        let counter = WorkCounter::default();
+        for context in contexts(&counter) {
+            let logits = decoder.logits(context, &golden.batch(&[0])).unwrap();
+            close(name, &logits, &golden.tensors["adapter.logits.0"]);
+        }
+    }
+}
+
+#[test]
 fn a_merged_composite_model_keeps_its_towers() {
     for name in COMPOSITE {
         let golden = Golden::open(name);
-        let architecture = &golden.architecture;
-        let model = golden.dir.join("model.safetensors");
-        let weights = Weights::open(std::slice::from_ref(&model), architecture).unwrap();
-        let loaded = adapter::load(&golden.dir.join("adapter")).unwrap();
-        let layout = architecture.layout();
-        let adaptation = loaded.adaptation(&layout).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("merged");
-        let summary = adapter::merge(&MergeJob {
-            weights: std::slice::from_ref(&model),
-            stored_names: &weights.stored_names(),
-            layout: &layout,
-            adapter: &loaded,
-            adaptation: &adaptation,
-            other_files: &|_| Ok(()),
-            out: &out,
-            max_shard: Bytes(1 << 20),
-        });
-        assert_eq!(summary.unwrap().merged, adaptation.sites.len(), "{name}");
-        let merged = out.join("model.safetensors");
-        let [before, after] = [&model, &merged].map(|path| std::fs::read(path).unwrap());
+        let paths = [
+            golden.dir.join("model.safetensors"),
+            merge(&golden, dir.path()),
+        ];
+        let [before, after] = paths.map(|path| std::fs::read(path).unwrap());
         let [before, after] = [&before, &after].map(|file| SafeTensors::deserialize(file).unwrap());
         let mut names = [before.names(), after.names()];
         names.iter_mut().for_each(|names| names.sort());
@@ -49,16 +56,30 @@ fn a_merged_composite_model_keeps_its_towers() {
             let [before, after] = [&before, &after].map(|file| file.tensor(tower).unwrap());
             assert_eq!(before, after, "{name}: {tower}");
         }
-        let decoder = frozen(
-            architecture,
-            Weights::open(&[merged], architecture).unwrap(),
-        );
-        let counter = WorkCounter::default();
-        for context in contexts(&counter) {
-            let logits = decoder.logits(context, &golden.batch(&[0])).unwrap();
-            close(name, &logits, &golden.tensors["adapter.logits.0"]);
-        }
     }
+}
+
+/// Merges the golden adapter into `dir`; returns the weight file.
+fn merge(golden: &Golden, dir: &Path) -> PathBuf {
+    let architecture = &golden.architecture;
+    let model = golden.dir.join("model.safetensors");
+    let weights = Weights::open(std::slice::from_ref(&model), architecture).unwrap();
+    let loaded = adapter::load(&golden.dir.join("adapter")).unwrap();
+    let layout = architecture.layout();
+    let adaptation = loaded.adaptation(&layout).unwrap();
+    let out = dir.join("merged");
+    let summary = adapter::merge(&MergeJob {
+        weights: std::slice::from_ref(&model),
+        stored_names: &weights.stored_names(),
+        layout: &layout,
+        adapter: &loaded,
+        adaptation: &adaptation,
+        other_files: &|_| Ok(()),
+        out: &out,
+        max_shard: Bytes(1 << 20),
+    });
+    assert_eq!(summary.unwrap().merged, adaptation.sites.len());
+    out.join("model.safetensors")
 }
 
 fn frozen(architecture: &Architecture, weights: Weights) -> Decoder {
