@@ -17,6 +17,9 @@ use crate::ops::{Activation, Rope, RopeScaling};
 const LLAMA3_SCALINGS: [(f64, f64, f64, usize); 2] =
     [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)];
 
+/// Most channels of a head of which divisors are read.
+const MOST_HEAD_DIM: usize = 4096;
+
 /// The header of a GGUF file of a known family.
 pub struct GgufFile {
     path: PathBuf,
@@ -236,6 +239,17 @@ impl GgufFile {
 
     /// The published scaling whose divisors the file holds.
     fn llama3_scaling(&self, head_dim: usize, theta: f64) -> Result<Json> {
+        let other = || {
+            let what = "the divisors of the rotary frequencies are those of no published model";
+            self.refused(Kind::Model, what)
+                .value(ROPE_DIVISORS)
+                .hint("use the safetensors files of the model")
+        };
+        let shape = self.content.tensor_infos.get(ROPE_DIVISORS);
+        if shape.is_none_or(|info| info.shape.dims() != [head_dim / 2]) || head_dim > MOST_HEAD_DIM
+        {
+            return Err(other());
+        }
         let file = std::fs::File::open(&self.path);
         let mut file = file.map_err(|source| Error::io("read", &self.path, source))?;
         let stored = self.content.tensor(&mut file, ROPE_DIVISORS, &Device::Cpu);
@@ -263,11 +277,7 @@ impl GgufFile {
                 }));
             }
         }
-        let what = "the divisors of the rotary frequencies are those of no published model";
-        Err(self
-            .refused(Kind::Model, what)
-            .value(ROPE_DIVISORS)
-            .hint("use the safetensors files of the model"))
+        Err(other())
     }
 }
 

@@ -9,6 +9,9 @@ use super::reader::GgufFile;
 use super::tokenizer::{PATTERNS, TokenType};
 use crate::error::{Error, Kind, Result};
 
+/// Longest token, in bytes, that merges are derived of.
+const MOST_TOKEN: usize = 4096;
+
 impl GgufFile {
     fn tokenizer_text(&self, key: &str) -> Option<&str> {
         self.text(&format!("tokenizer.ggml.{key}"))
@@ -213,6 +216,12 @@ impl GgufFile {
         for ((token, kind), value) in tokens.iter().zip(scores) {
             if *kind != TokenType::Normal as i64 {
                 continue;
+            }
+            if token.len() > MOST_TOKEN {
+                return Err(self
+                    .refused(Kind::Tokenizer, "a token of the GGUF file is too long")
+                    .value(format!("{} bytes", token.len()))
+                    .rule(format!("at most {MOST_TOKEN}")));
             }
             for (at, _) in token.char_indices().skip(1) {
                 let (left, right) = token.split_at(at);

@@ -271,6 +271,85 @@ fn safetensors() {
     });
 }
 
+/// A GGUF file of one tensor, with a tokenizer of this kind.
+fn a_gguf_file(kind: &str) -> Vec<u8> {
+    use wattune::gguf::{TensorInfo, Value, container};
+    let tokens = ["<unk>", "<s>", "a", "b", "ab"].map(String::from).to_vec();
+    let text = |text: &str| Value::Text(text.into());
+    let mut metadata = vec![
+        ("general.architecture".to_string(), text("llama")),
+        ("tokenizer.ggml.model".to_string(), text(kind)),
+        ("tokenizer.ggml.pre".to_string(), text("gpt-2")),
+        ("tokenizer.ggml.tokens".to_string(), Value::Texts(tokens)),
+        (
+            "tokenizer.ggml.merges".to_string(),
+            Value::Texts(vec!["a b".into()]),
+        ),
+        (
+            "tokenizer.ggml.scores".to_string(),
+            Value::F32s(vec![0.0, 0.0, -1.0, -1.0, -2.0]),
+        ),
+        (
+            "tokenizer.ggml.token_type".to_string(),
+            Value::I32s(vec![2, 3, 1, 1, 1]),
+        ),
+        ("tokenizer.ggml.bos_token_id".to_string(), Value::U32(1)),
+    ];
+    for (key, size) in [
+        ("block_count", 1),
+        ("context_length", 64),
+        ("embedding_length", 32),
+        ("feed_forward_length", 32),
+        ("attention.head_count", 2),
+    ] {
+        metadata.push((format!("llama.{key}"), Value::U32(size)));
+    }
+    let tensor = |name: &str, shape: &[usize]| TensorInfo {
+        name: name.into(),
+        shape: shape.to_vec(),
+        format: wattune::ops::StoredFormat::F32,
+    };
+    let tensors = [
+        tensor("token_embd.weight", &[5, 32]),
+        tensor("rope_freqs.weight", &[8]),
+    ];
+    let tensors: Vec<&TensorInfo> = tensors.iter().collect();
+    let mut file = container::head(&metadata, &tensors).unwrap();
+    file.resize(file.len() + 5 * 32 * 4 + 32, 0);
+    file
+}
+
+#[test]
+fn gguf() {
+    fuzz(&Target {
+        name: "gguf",
+        file: "model.gguf",
+        seeds: vec![a_gguf_file("llama"), a_gguf_file("gpt2")],
+        words: &[
+            "GGUF",
+            "token_embd.weight",
+            "rope_freqs.weight",
+            "blk.0.attn_q.bias",
+        ],
+        read: Box::new(|file| {
+            let Ok(read) = wattune::gguf::reader::GgufFile::open(file) else {
+                return;
+            };
+            let _ = (
+                read.tokenizer_json(),
+                read.tokenizer_config(),
+                read.generation_config(),
+            );
+            let config = file.with_extension("json");
+            let Ok(json) = read.config_json() else { return };
+            fs::write(&config, json.to_string()).unwrap();
+            if let Ok(architecture) = Architecture::from_file(&config) {
+                let _ = Weights::open(&[file.to_path_buf()], &architecture);
+            }
+        }),
+    });
+}
+
 #[test]
 fn adapter_configurations() {
     let config = r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "rank_pattern": {"v": 4},
