@@ -50,13 +50,16 @@ fn rows<B: Kernel>(x: &[f32], blocks: &[u8], first: usize, out: &mut [f32]) {
 
 /// Of each 32 elements those with an even index, then the others.
 fn evens_and_odds(x: &[f32]) -> Vec<f32> {
-    let parts = x.chunks(PART);
-    parts
-        .flat_map(|part| {
-            let odds = part.iter().skip(1).step_by(2);
-            part.iter().step_by(2).chain(odds).copied()
-        })
-        .collect()
+    const HALF: usize = PART / 2;
+    let mut arranged = vec![0.0; x.len()];
+    let parts = x.as_chunks::<PART>().0.iter();
+    for (x, out) in parts.zip(arranged.as_chunks_mut::<PART>().0) {
+        for i in 0..HALF {
+            out[i] = x[2 * i];
+            out[HALF + i] = x[2 * i + 1];
+        }
+    }
+    arranged
 }
 
 /// x times the values from index `at` on, a multiple of `PART`.
