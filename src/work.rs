@@ -116,12 +116,12 @@ pub struct Work {
 impl Work {
     /// One product (m, k) x (k, n).
     pub fn product(m: usize, n: usize, k: usize, precision: Precision) -> Self {
-        Self::products(1, m, n, k, precision)
+        Self::stored_product(m, n, k, precision, None)
     }
 
     /// `count` equal products (m, k) x (k, n); empty products are no work.
     pub fn products(count: usize, m: usize, n: usize, k: usize, precision: Precision) -> Self {
-        Self::stored_products(count, m, n, k, precision, None)
+        Self::product(m, n, k, precision).times(count as u64)
     }
 
     /// One product (m, k) x (k, n) with a second operand in `rhs_blocks`.
@@ -132,19 +132,8 @@ impl Work {
         precision: Precision,
         rhs_blocks: Option<BlockSize>,
     ) -> Self {
-        Self::stored_products(1, m, n, k, precision, rhs_blocks)
-    }
-
-    fn stored_products(
-        count: usize,
-        m: usize,
-        n: usize,
-        k: usize,
-        precision: Precision,
-        rhs_blocks: Option<BlockSize>,
-    ) -> Self {
         let mut work = Self::default();
-        if [count, m, n, k].iter().all(|size| *size > 0) {
+        if [m, n, k].iter().all(|size| *size > 0) {
             let product = Product {
                 m: m as u64,
                 n: n as u64,
@@ -152,7 +141,7 @@ impl Work {
                 precision,
                 rhs_blocks,
             };
-            work.products.insert(product, count as u64);
+            work.products.insert(product, 1);
         }
         work
     }

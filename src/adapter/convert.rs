@@ -148,7 +148,7 @@ pub fn joined(part: Part, trained: &StoredValues, initial: &StoredValues) -> Sto
 /// `path_initial_model_for_weight_conversion`.
 ///
 /// # Errors
-/// `use_rslora` beside patterns, which PEFT refuses.
+/// `use_rslora` with `rank_pattern` or `alpha_pattern`, which PEFT refuses.
 pub fn double_rank(config: &mut PeftConfig) -> Result<()> {
     let patterns = !config.rank_pattern.0.is_empty() || !config.alpha_pattern.0.is_empty();
     if config.use_rslora && patterns {

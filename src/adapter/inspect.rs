@@ -25,7 +25,7 @@ pub struct Inspection {
     pub kind: String,
     /// Its configuration.
     pub config: PeftConfig,
-    /// Trained values: tensors without the copies of the base's embeddings that PEFT saves beside LoRA on them.
+    /// Trained values: all tensors but the base embeddings that PEFT also saves with LoRA on them (`save_embedding_layers`).
     pub parameters: usize,
     /// Bytes of all tensors.
     pub bytes: Bytes,

@@ -164,7 +164,7 @@ pub(super) fn pairs<'t>(config: &PeftConfig, tensors: &'t NamedTensors) -> Resul
 mod tests {
     use super::*;
 
-    /// Names of `get_peft_model_state_dict` beside those of `model.state_dict()`.
+    /// Names as in `get_peft_model_state_dict`, and as in `model.state_dict()`.
     #[test]
     fn names_of_a_state_dict_become_those_of_a_file() {
         for (raw, saved) in [

@@ -205,7 +205,7 @@ fn when(applies: bool, reason: &str) -> Option<String> {
     applies.then(|| reason.to_string())
 }
 
-/// `reason`, if the key without a field of its own is set.
+/// `reason`, if the key is set among those of adapter_config.json that `PeftConfig` has no field for.
 fn is_set(config: &PeftConfig, key: &str, reason: &str) -> Option<String> {
     when(config.variants.get(key).is_some_and(is_truthy), reason)
 }

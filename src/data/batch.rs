@@ -111,7 +111,7 @@ impl BatchShape {
 mod tests {
     use super::*;
 
-    /// A predicted token is the target of its predecessor, a class that of its own token.
+    /// The target at a position: the next token (causal LM), or the class of this one (classification).
     #[test]
     fn classes_have_their_losses_at_their_tokens() {
         let example = |labels: &[u32]| Example {

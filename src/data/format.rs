@@ -247,7 +247,7 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
     }
 }
 
-/// A record's class as text, or those of its words: strings, numbers as written, `true` or `false`.
+/// The label of a record, or the labels of its words, as text: strings, numbers as written, `true` or `false`.
 pub(super) fn label_texts(
     record: &Record,
     columns: Columns,

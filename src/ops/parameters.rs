@@ -89,15 +89,11 @@ impl Weight {
 
     /// The values; of a quantised weight a decoded copy in f32.
     pub fn dequantized(&self) -> Result<Tensor> {
-        let Some((_, [rows, columns])) = self.quantized else {
+        let Some((format, shape)) = self.quantized else {
             return Ok(self.tensor.clone());
         };
-        let storage = self.storage()?;
-        let values = match self.matrix(&storage)?.values() {
-            Values::Quantized(values) => values.to_vec(),
-            Values::F32(_) | Values::Bf16(_) => Vec::new(),
-        };
-        Ok(Tensor::from_vec(values, (rows, columns), &Device::Cpu)?)
+        let values = format.decode(self.storage()?.bytes(), shape);
+        Ok(Tensor::from_vec(values, &shape, &Device::Cpu)?)
     }
 
     /// The decoded rows `ids` (N) of a quantised weight: (N, columns) in f32.

@@ -11,7 +11,7 @@
 use super::gemm::Element;
 
 /// Partial sums of a reduction: one for each f32 of the widest vector.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Elements summed in f32 before the sum is added to an f64.
 const BLOCK: usize = 512;
 
@@ -63,26 +63,25 @@ impl Simd {
     /// The dot product in f32, for rows of a few thousand elements at most.
     #[inline(always)]
     pub(super) fn dot<T: Element>(self, a: &[f32], b: &[T]) -> f32 {
+        self.dot_map(a, b, T::as_f32)
+    }
+
+    /// The dot product of `a` and `wide` of each element of `b`.
+    #[inline(always)]
+    pub(super) fn dot_map<T: Copy>(self, a: &[f32], b: &[T], wide: impl Fn(T) -> f32) -> f32 {
         assert_eq!(a.len(), b.len(), "rows have one length");
         let (a, a_rest) = a.as_chunks::<LANES>();
         let (b, b_rest) = b.as_chunks::<LANES>();
         let mut lanes = [0.0f32; LANES];
         for i in 0..a.len() {
             for lane in 0..LANES {
-                lanes[lane] = self.mul_add(a[i][lane], b[i][lane].as_f32(), lanes[lane]);
+                lanes[lane] = self.mul_add(a[i][lane], wide(b[i][lane]), lanes[lane]);
             }
         }
         for lane in 0..a_rest.len() {
-            lanes[lane] = self.mul_add(a_rest[lane], b_rest[lane].as_f32(), lanes[lane]);
+            lanes[lane] = self.mul_add(a_rest[lane], wide(b_rest[lane]), lanes[lane]);
         }
-        let mut width = LANES;
-        while width > 1 {
-            width /= 2;
-            for lane in 0..width {
-                lanes[lane] += lanes[lane + width];
-            }
-        }
-        lanes[0]
+        sum_lanes(lanes)
     }
 
     /// out += alpha x.
@@ -137,6 +136,19 @@ impl Simd {
             far.copysign(x)
         }
     }
+}
+
+/// The sum of the lanes, by halves.
+#[inline(always)]
+pub(super) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for lane in 0..width {
+            lanes[lane] += lanes[lane + width];
+        }
+    }
+    lanes[0]
 }
 
 /// The maximum; minus infinity for an empty row.

@@ -251,6 +251,14 @@ impl Setting for String {
     }
 }
 
+/// A text that `T` is parsed from.
+fn parsed<T: FromStr>(node: &Node, field: &mut Field<'_, '_>) -> Option<T> {
+    let Raw::Text(text) = &node.raw else {
+        return field.wrong_type(node);
+    };
+    text.parse().ok().or_else(|| field.invalid(node))
+}
+
 impl Setting for PromptTemplate {
     fn values(_: &Key) -> Values {
         let schema = json!({ "type": "string", "pattern": r"^chat$|\{prompt\}" });
@@ -258,10 +266,7 @@ impl Setting for PromptTemplate {
     }
 
     fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
-        let Raw::Text(text) = &node.raw else {
-            return field.wrong_type(node);
-        };
-        text.parse().ok().or_else(|| field.invalid(node))
+        parsed(node, field)
     }
 
     fn write(&self) -> Option<Value> {
@@ -276,10 +281,7 @@ impl Setting for LoraInit {
     }
 
     fn read(node: &Node, field: &mut Field<'_, '_>) -> Option<Self> {
-        let Raw::Text(text) = &node.raw else {
-            return field.wrong_type(node);
-        };
-        text.parse().ok().or_else(|| field.invalid(node))
+        parsed(node, field)
     }
 
     fn write(&self) -> Option<Value> {

@@ -203,19 +203,24 @@ fn the_norms_of_a_difference_are_those_of_dense_deltas() {
     assert_eq!((same.total.difference, same.config.len()), (0.0, 0));
 }
 
+/// The conversion of the adapter in `dir` to its plain form in `out`.
+fn plain<'a>(dir: &'a Path, out: &'a Path) -> Conversion<'a> {
+    Conversion {
+        dir,
+        out,
+        dtype: None,
+        plain: true,
+        initial: None,
+    }
+}
+
 #[test]
 fn the_plain_form_is_the_same_function_everywhere() {
     let dir = tempfile::tempdir().unwrap();
     let [from, out] = ["from", "out"].map(|name| dir.path().join(name));
     let keys = json!({"rank_pattern": {"k": 3}, "alpha_pattern": {"v": 5}, "use_rslora": true, "target_modules": "m\\.[qkv]"});
     adapter(&from, keys, &PAIRS);
-    let job = Conversion {
-        dir: &from,
-        out: &out,
-        dtype: None,
-        plain: true,
-        initial: None,
-    };
+    let job = plain(&from, &out);
     let converted = convert(&job).unwrap();
     assert!(
         converted
@@ -341,13 +346,7 @@ fn what_has_no_plain_form_is_refused_by_name() {
     ] {
         let from = golden(case).join("adapter");
         let out = dir.path().join(case);
-        let job = Conversion {
-            dir: &from,
-            out: &out,
-            dtype: None,
-            plain: true,
-            initial: None,
-        };
+        let job = plain(&from, &out);
         let error = convert(&job).unwrap_err().to_string();
         assert!(
             error.contains(word) && error.contains("merge"),

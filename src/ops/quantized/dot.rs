@@ -4,10 +4,7 @@
 
 use super::QuantizedSlice;
 use super::decode::{Block, INVERSE_OF_127, PART, int8_row, with_block};
-use crate::ops::simd::{Simd, simd};
-
-/// Partial sums: one for each f32 of the widest vector.
-const LANES: usize = 16;
+use crate::ops::simd::{LANES, Simd, simd, sum_lanes};
 
 /// out += x (k) times rows `first..` of `w`, one for each element of `out`.
 pub(in crate::ops) fn dots(x: &[f32], w: QuantizedSlice<'_>, first: usize, out: &mut [f32]) {
@@ -40,7 +37,7 @@ pub(super) fn portable_dots(x: &[f32], w: QuantizedSlice<'_>, first: usize, out:
         }
     }, for (row, out) in out.iter_mut().enumerate() {
         let (codes, maximum) = int8_row(w.blocks, w.columns, first + row);
-        *out += maximum * INVERSE_OF_127 * simd!(|simd| dot_i8(simd, x, codes));
+        *out += maximum * INVERSE_OF_127 * simd!(|simd| simd.dot_map(x, codes, |code| f32::from(code as i8)));
     });
 }
 
@@ -58,35 +55,5 @@ fn dot_blocks<B: Block>(simd: Simd, x: &[f32], blocks: &[u8], at: usize) -> f32 
             lanes[lane] = simd.mul_add(x[LANES + lane], values[LANES + lane], sum);
         }
     }
-    sum(lanes)
-}
-
-/// x times the integers of a row.
-#[inline(always)]
-fn dot_i8(simd: Simd, x: &[f32], codes: &[u8]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let (xs, x_rest) = x.as_chunks::<LANES>();
-    let (codes, code_rest) = codes.as_chunks::<LANES>();
-    for i in 0..xs.len().min(codes.len()) {
-        for lane in 0..LANES {
-            lanes[lane] = simd.mul_add(xs[i][lane], f32::from(codes[i][lane] as i8), lanes[lane]);
-        }
-    }
-    for (lane, (x, code)) in x_rest.iter().zip(code_rest).enumerate() {
-        lanes[lane] = simd.mul_add(*x, f32::from(*code as i8), lanes[lane]);
-    }
-    sum(lanes)
-}
-
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn sum(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES;
-    while width > 1 {
-        width /= 2;
-        for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
-        }
-    }
-    lanes[0]
+    sum_lanes(lanes)
 }

@@ -98,13 +98,6 @@ impl StoredFormat {
         self.layout().1
     }
 
-    /// The format with ggml's number `id`.
-    pub fn from_ggml_type(id: u32) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|format| format.ggml_type() == Some(id))
-    }
-
     /// Whether values are floats on their own, without a scale.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16 | Self::BF16)
