@@ -145,16 +145,6 @@ fn classification_text(result: &Evaluation, classification: &Classification) -> 
 
 /// The options of the run's recipe, replaced where an argument is given.
 fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions> {
-    let pair = |text: &String| {
-        let split = text
-            .split_once('=')
-            .map(|(field, column)| (field.to_string(), column.to_string()));
-        split.ok_or_else(|| {
-            Error::new(Kind::Usage, "a column is given as FIELD=COLUMN")
-                .at("--column")
-                .value(text.clone())
-        })
-    };
     let mut options = recipe.map_or_else(
         || DataOptions {
             format: Format::Auto,
@@ -169,7 +159,7 @@ fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions
         |recipe| run::data_options(&recipe.data, recipe.model.task),
     );
     if !arguments.columns.is_empty() {
-        options.columns = arguments.columns.iter().map(pair).collect::<Result<_>>()?;
+        options.columns = column_pairs(&arguments.columns)?;
     }
     options.format = arguments.format.unwrap_or(options.format);
     options.max_length = arguments.max_length.unwrap_or(options.max_length);
@@ -178,4 +168,19 @@ fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions
         .clone()
         .or(options.prompt_template);
     Ok(options)
+}
+
+/// The values of `--column FIELD=COLUMN`.
+pub(super) fn column_pairs(texts: &[String]) -> Result<Vec<(String, String)>> {
+    let pair = |text: &String| {
+        let split = text
+            .split_once('=')
+            .map(|(field, column)| (field.to_string(), column.to_string()));
+        split.ok_or_else(|| {
+            Error::new(Kind::Usage, "a column is given as FIELD=COLUMN")
+                .at("--column")
+                .value(text.clone())
+        })
+    };
+    texts.iter().map(pair).collect()
 }

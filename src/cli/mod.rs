@@ -7,11 +7,14 @@ mod adapter;
 mod baseline;
 mod calibrate;
 mod choices;
+mod data;
 mod devices;
 mod eval;
 mod export;
+mod first_recipe;
 mod generate;
 mod merge;
+mod meter;
 mod model;
 mod plan;
 mod predict;
@@ -52,7 +55,8 @@ Examples:
   wattune train recipes/quickstart.toml            fine-tune a small model, offline, in under a minute
   wattune plan recipes/quickstart.toml             forecast its cost without training
   wattune report runs/quickstart-20260101-120000   report what a run cost
-  wattune recipe init my.toml                      write a commented starter recipe
+  wattune recipe init --model M --data D           write a recipe for a model and data, with its reasons
+  wattune data recipes/quickstart.toml             show the records as they will be trained
 
 Exit status: 0 done (a budget stop is done), 1 failed while running, 2 refused before it ran, 130 interrupted with a checkpoint saved.";
 
@@ -79,6 +83,10 @@ enum Command {
     /// Reads configuration, tokenizer and data, simulates the run on the counted meter (executed work times device profile) and shows
     /// where the budget would stop it. With --probe it also times a few steps on random weights.
     Plan(plan::Arguments),
+    /// Show a recipe's records as they will be trained: loss mask, lengths, packing, duplicates
+    ///
+    /// Reads configuration, tokenizer and data; no weights. Text with a loss is green on a terminal and stands between »« without colour.
+    Data(data::Arguments),
     /// Evaluate a model's loss on records
     Eval(eval::Arguments),
     /// Predict the class of each record with a classifier
@@ -117,6 +125,8 @@ enum Command {
     /// Shows the profile of the detected device and how it was recognised, the energy counters this process may read, how to enable the
     /// others, and every shipped profile by the name that `energy.device` takes.
     Devices(devices::Arguments),
+    /// Meter the energy of another program: of a command, or window by window
+    Meter(meter::Arguments),
     /// Measure this machine and write a device profile, in under a minute
     ///
     /// Starts from the nearest profile and replaces the figures that can be measured: FLOP/s of matrix products by precision, memory and
@@ -188,6 +198,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Train(arguments) => train::run(&arguments, common),
         Command::Plan(arguments) => plan::run(&arguments, common),
+        Command::Data(arguments) => data::run(&arguments, common),
         Command::Eval(arguments) => eval::run(&arguments, common),
         Command::Predict(arguments) => predict::run(&arguments, common),
         Command::Generate(arguments) => generate::run(&arguments, common),
@@ -199,6 +210,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Compare(arguments) => report::compare(&arguments, common),
         Command::Baseline(arguments) => baseline::run(&arguments, common),
         Command::Devices(arguments) => devices::run(&arguments, common),
+        Command::Meter(arguments) => meter::run(&arguments, common),
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),
         Command::Recipe(command) => recipe::run(&command, common),
         Command::Man { dir } => std::fs::create_dir_all(&dir)
@@ -268,6 +280,12 @@ fn requested_threads(threads: Option<usize>) -> Result<Option<usize>> {
     }
 }
 
+/// Whether standard output shows colours: a terminal, unless NO_COLOR is set (no-color.org).
+fn has_colour() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    std::io::stdout().is_terminal() && !refused
+}
+
 /// Columns of the terminal on standard output; `usize::MAX` for a file or a pipe.
 fn terminal_width() -> usize {
     let size = terminal_size::terminal_size_of(std::io::stdout());
@@ -286,13 +304,20 @@ fn out(text: &str) -> Result<ExitCode> {
 
 /// Writes `text` to standard output without appending a newline.
 fn write_out(text: &str) -> Result<ExitCode> {
-    let mut stdout = std::io::stdout().lock();
-    let shown = if stdout.is_terminal() {
-        printable(text)
+    if std::io::stdout().is_terminal() {
+        write_styled(&printable(text))
     } else {
-        text.into()
-    };
-    match write!(stdout, "{shown}").and_then(|()| stdout.flush()) {
+        write_styled(text)
+    }
+}
+
+/// Writes `text`, which may hold escape sequences of ours, to standard output as it is.
+fn write_styled(text: &str) -> Result<ExitCode> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
         Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::new(
             Kind::Io,
             format!("cannot write to standard output: {e}"),
@@ -319,6 +344,13 @@ fn out_json(value: &impl serde::Serialize) -> Result<ExitCode> {
         }
     }
     out(&escaped)
+}
+
+/// Writes one line of JSON to standard output at once.
+fn out_line(value: &impl serde::Serialize) -> Result<ExitCode> {
+    DOCUMENT_WRITTEN.store(true, Ordering::Relaxed);
+    let text = serde_json::to_string(value).map_err(|e| Error::new(Kind::Io, e.to_string()))?;
+    write_styled(&format!("{text}\n"))
 }
 
 #[cfg(test)]

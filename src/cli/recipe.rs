@@ -1,15 +1,15 @@
-//! `wattune recipe init|check|schema`.
+//! `wattune recipe init|import|check|schema`.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
 
+use super::first_recipe::{self, ImportArguments, InitArguments};
 use super::plan::ending;
 use super::screen::Terminal;
 use super::{Common, note, out, out_json};
-use crate::error::{Error, Kind, Result};
-use crate::files::write_atomic;
+use crate::error::Result;
 use crate::recipe::{self, DataSource, Validation};
 use crate::run::{self, DeviceChoice, Purpose, RenderedSample, Screen, data_files};
 use crate::text::first_few;
@@ -19,12 +19,15 @@ const SHOWN_FILES: usize = 6;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Write a commented starter recipe
-    Init {
-        /// File to write; must not exist
-        #[arg(default_value = "recipe.toml")]
-        path: PathBuf,
-    },
+    /// Write a commented recipe: for a model and data, or to start from
+    ///
+    /// With --model and --data every value is chosen by what they hold and by what fits in this machine's memory, and the recipe says
+    /// why. Without them the file lists all keys.
+    Init(InitArguments),
+    /// Write a recipe from a file of Axolotl or LLaMA-Factory, or from chat records as for OpenAI's fine-tuning
+    ///
+    /// Every key that is not carried over is listed by name.
+    Import(ImportArguments),
     /// Run every check that precedes training
     Check {
         /// Recipe file
@@ -40,21 +43,8 @@ pub(super) enum Command {
 pub(super) fn run(command: &Command, common: Common) -> Result<ExitCode> {
     match command {
         Command::Schema => out_json(&recipe::json_schema()),
-        Command::Init { path } if path.exists() => {
-            Err(Error::new(Kind::Usage, "the file exists already")
-                .at(path.display().to_string())
-                .hint("give another name: `wattune recipe init OTHER.toml`"))
-        }
-        Command::Init { path } => {
-            write_atomic(path, recipe::starter())?;
-            let written = path.display().to_string();
-            if common.json {
-                return out_json(&json!({ "written": written }));
-            }
-            out(&format!(
-                "Wrote {written}. Next: edit it, then `wattune recipe check {written}`."
-            ))
-        }
+        Command::Init(arguments) => first_recipe::init(arguments, common),
+        Command::Import(arguments) => first_recipe::import(arguments, common),
         Command::Check { recipe, overrides } => check(recipe, overrides, common),
     }
 }

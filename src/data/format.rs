@@ -39,7 +39,7 @@ pub(super) struct Columns<'a>(pub &'a [(String, String)]);
 /// Field names of `Completion`, in order of preference.
 const PAIRS: [(&str, &str); 2] = [("prompt", "completion"), ("question", "answer")];
 /// Field names of `Messages`.
-const CONVERSATIONS: [&str; 2] = ["messages", "conversations"];
+pub(super) const CONVERSATIONS: [&str; 2] = ["messages", "conversations"];
 
 impl<'a> Columns<'a> {
     /// Refuses a map of a field that no format reads.

@@ -423,7 +423,10 @@ impl DatasetBuilder {
         }
         self.eos_trained |= encoded.ends;
         if let (None, Some(example)) = (&self.first, encoded.examples.first()) {
-            self.first = Some(render_sample(place, example, tokenizer)?);
+            self.first = Some(RenderedSample {
+                place: place.to_string(),
+                pieces: text_spans(example, tokenizer)?,
+            });
         }
         let record = self.counts.records - 1;
         self.records.extend(encoded.examples.iter().map(|_| record));
@@ -468,25 +471,21 @@ fn nothing_to_learn(counts: &Counts, paths: &[PathBuf]) -> Error {
 }
 
 /// The example's text, split where its loss mask changes.
-fn render_sample(
-    place: &Location,
-    example: &Example,
-    tokenizer: &Tokenizer,
-) -> Result<RenderedSample> {
-    let mut pieces = Vec::new();
+///
+/// # Errors
+/// Tokens that the tokenizer does not decode.
+pub fn text_spans(example: &Example, tokenizer: &Tokenizer) -> Result<Vec<TextSpan>> {
+    let mut spans = Vec::new();
     let mut start = 0;
     for run in example.loss.chunk_by(|a, b| a == b) {
         let tokens = &example.tokens[start..start + run.len()];
-        pieces.push(TextSpan {
+        spans.push(TextSpan {
             text: tokenizer.decode(tokens)?,
             loss: run[0],
         });
         start += run.len();
     }
-    Ok(RenderedSample {
-        place: place.to_string(),
-        pieces,
-    })
+    Ok(spans)
 }
 
 #[cfg(test)]

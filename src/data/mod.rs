@@ -12,6 +12,7 @@ mod cache;
 mod chat;
 mod dataset;
 mod delimited;
+mod detect;
 mod encode;
 mod format;
 mod jinja;
@@ -38,7 +39,8 @@ mod turns;
 
 pub use batch::{BatchShape, Example, MicroBatch, Segment};
 pub use dataset::{Counts, Dataset, RenderedSample, TextSpan};
-pub use load::{check_file, labels, load};
+pub use detect::{Detected, Wanted, detect};
+pub use load::{check_file, labels, load, text_spans};
 pub use options::{Format, OnBadRecord, Options, PromptTemplate, TxtUnit};
 pub use paths::files;
 pub use read::{Location, Record, read};

@@ -10,9 +10,11 @@
 //! ```
 
 mod collections;
+mod commented;
 mod contradictions;
 mod diagnostic;
 mod ids;
+mod import;
 mod key;
 mod larger_model;
 mod open;
@@ -24,8 +26,10 @@ mod suggest;
 mod tree;
 mod write;
 
+pub use commented::{Chosen, commented, in_order, path_from};
 pub use diagnostic::Diagnostic;
 pub use ids::{DataSource, ModelId};
+pub use import::{Imported, LeftOut, import};
 pub use larger_model::LargerModel;
 pub use open::{check, load, locate, parse};
 pub use schema::json_schema;

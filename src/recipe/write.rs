@@ -153,7 +153,7 @@ fn is_same(value: &Value, text: &str) -> bool {
     )
 }
 
-fn about(table: &str) -> &'static str {
+pub(super) fn about(table: &str) -> &'static str {
     let known = TABLES.iter().find(|(name, _)| *name == table);
     known.map(|(_, about)| *about).unwrap_or_default()
 }

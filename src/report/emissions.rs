@@ -4,10 +4,10 @@
 //! overhead, given in `pue`.
 
 use crate::error::{Error, Kind, Result};
-use crate::units::{Bytes, Joules, Seconds};
+use crate::units::{Bytes, GramsCo2e, Joules, Pue, Seconds};
 
 use super::finite::FiniteReport;
-use super::types::Meter;
+use super::types::{Environment, Meter};
 
 /// CodeCarbon 3.3.0's columns in its order (`codecarbon/output_methods/emissions_data.py`, MIT).
 pub const COLUMNS: [&str; 38] = [
@@ -96,12 +96,43 @@ pub struct Emissions {
     pub ram_total: Option<Bytes>,
 }
 
+/// The figures of the row.
+pub struct Totals<'a> {
+    /// Wall time.
+    pub wall: Seconds,
+    /// Energy, without facility overhead.
+    pub energy: Joules,
+    /// Emissions, facility overhead included.
+    pub emissions: GramsCo2e,
+    /// Facility overhead.
+    pub pue: Pue,
+    /// The deciding meter.
+    pub meter: Meter,
+    /// The machine.
+    pub environment: &'a Environment,
+}
+
 impl Emissions {
-    /// Header and row.
+    /// Header and row of a run.
     ///
     /// # Errors
     /// [`Kind::Run`] where it cannot be serialized.
     pub fn to_csv(&self, report: &FiniteReport) -> Result<String> {
+        self.row(&Totals {
+            wall: report.training.wall_s,
+            energy: report.energy.total.central,
+            emissions: report.carbon.emissions.central,
+            pue: report.carbon.pue,
+            meter: report.energy.meter,
+            environment: &report.environment,
+        })
+    }
+
+    /// Header and row.
+    ///
+    /// # Errors
+    /// [`Kind::Run`] where it cannot be serialized.
+    pub fn row(&self, totals: &Totals<'_>) -> Result<String> {
         let failed = |why: String| {
             Error::new(
                 Kind::Run,
@@ -109,7 +140,7 @@ impl Emissions {
             )
         };
         let mut csv = csv::Writer::from_writer(Vec::new());
-        let row = COLUMNS.map(|column| self.cell(column, report));
+        let row = COLUMNS.map(|column| self.cell(column, totals));
         csv.write_record(COLUMNS)
             .and_then(|()| csv.write_record(&row))
             .map_err(|source| failed(source.to_string()))?;
@@ -119,15 +150,14 @@ impl Emissions {
         String::from_utf8(bytes).map_err(|source| failed(source.to_string()))
     }
 
-    fn cell(&self, column: &str, report: &FiniteReport) -> String {
-        let carbon = &report.carbon;
-        let wall = report.training.wall_s;
-        let facility = |energy: Option<Joules>| energy.map(|energy| carbon.pue * energy);
+    fn cell(&self, column: &str, totals: &Totals<'_>) -> String {
+        let wall = totals.wall;
+        let facility = |energy: Option<Joules>| energy.map(|energy| totals.pue * energy);
         let kwh = |energy: Option<Joules>| decimal(facility(energy).map(Joules::kwh));
         let watts = |energy: Option<Joules>| {
             decimal(facility(energy).and_then(|energy| mean_power(energy, wall)))
         };
-        let kilograms = carbon.emissions.central.0 / 1000.0;
+        let kilograms = totals.emissions.0 / 1000.0;
         let text = |text: &Option<String>| text.clone().unwrap_or_default();
         let number = |count: Option<u64>| count.map_or_else(String::new, |count| count.to_string());
         match column {
@@ -143,21 +173,21 @@ impl Emissions {
             "cpu_energy" => kwh(self.parts.cpu),
             "gpu_energy" => kwh(self.parts.gpu),
             "ram_energy" => kwh(self.parts.ram),
-            "energy_consumed" => kwh(Some(report.energy.total.central)),
+            "energy_consumed" => kwh(Some(totals.energy)),
             "country_name" => text(&self.country_name),
             "country_iso_code" => text(&self.country_iso_code),
             "region" => text(&self.region),
             "cloud_provider" => text(&self.cloud_provider),
             "cloud_region" => text(&self.cloud_region),
-            "os" => report.environment.os.clone(),
+            "os" => totals.environment.os.clone(),
             "cpu_count" => number(self.cpu_count),
-            "cpu_model" => report.environment.cpu.clone(),
+            "cpu_model" => totals.environment.cpu.clone(),
             "gpu_count" => number(self.gpu_count),
             "gpu_model" => text(&self.gpu_model),
             "ram_total_size" => decimal(self.ram_total.map(|bytes| bytes.0 as f64 / BYTES_PER_GB)),
-            "tracking_mode" => tracking_mode(report.energy.meter).to_string(),
+            "tracking_mode" => tracking_mode(totals.meter).to_string(),
             "on_cloud" => self.cloud_provider.iter().map(|_| "Y").collect(),
-            "pue" => decimal(Some(carbon.pue.value())),
+            "pue" => decimal(Some(totals.pue.value())),
             // Python, CodeCarbon itself, water, coordinates, utilisation: not known here.
             _ => String::new(),
         }

@@ -30,6 +30,6 @@ pub use finite::FiniteReport;
 pub use history::History;
 pub use plan::Plan;
 pub use steps::{StepLog, read_steps};
-pub use templates::{CardFacts, comparison_page, to_html, to_markdown, to_model_card};
+pub use templates::{CardFacts, comparison_page, data_page, to_html, to_markdown, to_model_card};
 pub use text::{to_brief, to_text};
 pub use types::Report;

@@ -32,6 +32,7 @@ fn environment() -> Environment<'static> {
         ("blocks.html", include_str!("templates/blocks.html")),
         ("report.html", include_str!("templates/report.html")),
         ("compare.html", include_str!("templates/compare.html")),
+        ("data.html", include_str!("templates/data.html")),
         ("blocks.md", include_str!("templates/blocks.md")),
         ("report.md", include_str!("templates/report.md")),
         ("model_card.md", include_str!("templates/model_card.md")),
@@ -70,6 +71,19 @@ fn render(name: &str, context: Value) -> Result<String> {
     let template = TEMPLATES.get_template(name);
     let page = template.and_then(|template| template.render(context));
     page.map_err(|error| Error::new(Kind::Run, format!("cannot write the page: {error:#}")))
+}
+
+/// A page of the records of the recipe `name`; `preview` is what `wattune data --json` prints.
+///
+/// # Errors
+/// [`Kind::Run`] where the template fails.
+pub fn data_page(name: &str, preview: &impl Serialize) -> Result<String> {
+    let title = format!("{}: records as they are trained", one_line(name));
+    let version = env!("CARGO_PKG_VERSION");
+    render(
+        "data.html",
+        context! { title, preview => Serde(preview), version },
+    )
 }
 
 /// `report.html` of the run `name`.

@@ -12,6 +12,8 @@ mod continued;
 mod directory;
 mod evaluate;
 mod export;
+mod first_recipe;
+mod fit;
 mod generate;
 mod gguf;
 mod inference;
@@ -19,12 +21,14 @@ mod loss_curve;
 mod machine;
 mod measured_baselines;
 mod merge;
+mod metering;
 mod model;
 mod model_source;
 mod options;
 mod plan;
 mod predict;
 mod prepare;
+mod preview;
 mod probe;
 mod push;
 mod reconcile;
@@ -44,16 +48,19 @@ pub use adapters::{convert_adapter, diff_adapters, inspect_adapter};
 pub use directory::RunDirectory;
 pub use evaluate::{Classification, Evaluation, EvaluationJob, evaluate, validation_files};
 pub use export::{ExportFormat, ExportRequest, Exported, export_gguf};
+pub use first_recipe::{FirstRecipe, Suggestion, first_recipe};
 pub use generate::{Generated, GenerationJob, generate};
 pub use inference::ModelRequest;
 pub use machine::{DeviceChoice, allowed_threads};
 pub use merge::{MergeRequest, merge_model};
+pub use metering::{MeterLine, MeterRequest, Metering};
 pub use model::{find_model, tokenizer_of};
 pub use model_source::{ModelSelection, ModelSource};
 pub use options::data_options;
 pub use plan::{Planned, plan};
 pub use predict::{Prediction, Predictions, RecordPrediction, predict};
 pub use prepare::{Prepared, Purpose, prepare};
+pub use preview::{Preview, RowsPreview, SetPreview, ShownExample, preview};
 pub use probe::plan_with_probe;
 pub use push::{PushRequest, push};
 pub use reconcile::reconcile;
@@ -70,7 +77,7 @@ pub use crate::data::{
     Format, OnBadRecord, Options as DataOptions, PromptTemplate, RenderedSample, TxtUnit,
 };
 pub use crate::energy::sensor::{self, State as SensorState};
-pub use crate::energy::{DeviceRef, Interval, Profile};
+pub use crate::energy::{DeviceRef, GridRef, Interval, MeterKind, Phase, Profile};
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
     baseline_cost, published_runs,
@@ -82,6 +89,7 @@ pub use crate::model::Sampling;
 pub use crate::train::{StepRecord, Stop};
 
 use crate::error::Result;
+use first_recipe::limit_of;
 
 /// Receives progress for display.
 pub trait Screen {

@@ -139,7 +139,7 @@ impl ModelSource {
 }
 
 /// Parses `--model`.
-fn model_id(text: &str) -> Result<ModelId> {
+pub(super) fn model_id(text: &str) -> Result<ModelId> {
     ModelId::parse(text, Path::new("")).ok_or_else(|| {
         Error::new(Kind::Usage, "not a model id or model directory")
             .value(text)

@@ -9,7 +9,7 @@ use super::session::Session;
 use super::spending::{budget_block, carbon_block, energy_block, interval, memory_block};
 use super::target::saved_config;
 use crate::adapter::{Verdict, portability};
-use crate::energy::{Interval, Phase};
+use crate::energy::{Grid, Interval, Phase, Profile};
 use crate::error::Result;
 use crate::files::{DraftDirectory, write_atomic};
 use crate::forecast::{
@@ -62,7 +62,14 @@ pub(super) fn write_pages(
 ) -> Result<()> {
     let name = &prepared.recipe.name;
     let history = History::read(&directory.steps(), &directory.ledger())?;
-    let csv = emissions_row(prepared, total).to_csv(report)?;
+    let row = emissions_row(EmissionsOf {
+        name,
+        run_id: &prepared.digest()[..16],
+        profile: &prepared.profile,
+        grid: &prepared.grid,
+        energy: total,
+    });
+    let csv = row.to_csv(report)?;
     write_atomic(&directory.page(), to_markdown(name, report)?)?;
     write_atomic(&directory.html_page(), to_html(name, report, &history)?)?;
     write_atomic(&directory.emissions(), csv)?;
@@ -375,10 +382,19 @@ fn hyperparameters(prepared: &Prepared) -> Vec<(String, String)> {
     pairs.into_iter().map(owned).collect()
 }
 
-fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {
-    let gpu = prepared.profile.kind == crate::energy::profile::DeviceKind::Gpu;
-    let total = Some(total);
-    let grid = &prepared.grid;
+/// What emissions.csv says of a run apart from its totals.
+pub(super) struct EmissionsOf<'a> {
+    pub(super) name: &'a str,
+    pub(super) run_id: &'a str,
+    pub(super) profile: &'a Profile,
+    pub(super) grid: &'a Grid,
+    pub(super) energy: Joules,
+}
+
+pub(super) fn emissions_row(run: EmissionsOf<'_>) -> Emissions {
+    let gpu = run.profile.kind == crate::energy::profile::DeviceKind::Gpu;
+    let total = Some(run.energy);
+    let grid = run.grid;
     let (cloud_provider, cloud_region) = grid
         .code
         .split_once(':')
@@ -394,8 +410,8 @@ fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {
         timestamp: crate::text::local_time()
             .format("%Y-%m-%dT%H:%M:%S")
             .to_string(),
-        project_name: prepared.recipe.name.clone(),
-        run_id: prepared.digest()[..16].to_string(),
+        project_name: run.name.to_string(),
+        run_id: run.run_id.to_string(),
         parts: EnergyParts {
             cpu: total.filter(|_| !gpu),
             gpu: total.filter(|_| gpu),
@@ -408,7 +424,7 @@ fn emissions_row(prepared: &Prepared, total: Joules) -> Emissions {
         cloud_region,
         cpu_count: Some(crate::energy::allowed_cores() as u64),
         gpu_count: gpu.then_some(1),
-        gpu_model: gpu.then(|| prepared.profile.title.clone()),
+        gpu_model: gpu.then(|| run.profile.title.clone()),
         ram_total: memory().map(|(_, all)| all),
     }
 }
