@@ -67,10 +67,10 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
         budgets: arguments.budget.clone(),
     };
     let metering = Metering::open(&request)?;
-    if let (MeterKind::Timed, Some(why)) = (metering.kind(), metering.not_measured()) {
-        if !common.quiet {
-            note(&format!("Energy is rated power x wall time: {why}"));
-        }
+    if let (MeterKind::Timed, Some(why)) = (metering.kind(), metering.not_measured())
+        && !common.quiet
+    {
+        note(&format!("Energy is rated power x wall time: {why}"));
     }
     if arguments.command.is_empty() {
         windows(metering, common)

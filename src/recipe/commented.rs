@@ -40,11 +40,11 @@ impl Chosen {
 
 /// The choices in the order of the declarations; of several for one key the last.
 pub fn in_order(choices: &[Chosen]) -> Vec<Chosen> {
-    let last = |key: &&Key| {
+    let last = |key: &&'static Key| {
         let path = key.path();
         choices.iter().rfind(|choice| choice.key == path).cloned()
     };
-    KEYS.iter().filter_map(|key| last(&key)).collect()
+    KEYS.iter().filter_map(last).collect()
 }
 
 /// A recipe of `choices` below the comment `head`; of several choices for one key the last holds.

@@ -197,7 +197,7 @@ impl Metering {
     }
 
     fn note(&mut self, phase: Phase, cost: Spent) {
-        self.spent = self.spent + cost;
+        self.spent += cost;
         match phase {
             Phase::Train => {
                 self.steps.push_back(cost);
