@@ -1,6 +1,6 @@
-"""tests/golden/quantized_blocks.json: what gguf-py and bitsandbytes decode from blocks, and what bitsandbytes quantises values to.
+"""tests/golden/quantized_blocks.json: what gguf-py, bitsandbytes, torch and compressed-tensors decode from blocks, and what bitsandbytes quantises values to.
 
-    pip install gguf bitsandbytes torch numpy && python scripts/quantized_blocks.py
+    pip install gguf bitsandbytes compressed-tensors torch numpy && python scripts/quantized_blocks.py
 """
 
 import json
@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import torch
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute as dequantize
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 random = np.random.default_rng(11)
 
@@ -73,5 +74,14 @@ golden["INT8"] = {
     "blocks": rows.tobytes().hex(),
     "values": decoded.numpy().tobytes().hex(),
 }
+scale = random.uniform(0.001, 0.01, (2, 1)).astype(np.float32)
+codes = random.integers(0, 256, (2, 128), dtype=np.uint8)
+codes[(codes & 0x7F) == 0x7F] = 0
+decoded = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy() * scale
+golden["FP8"] = {"blocks": np.concatenate([scale.view(np.uint8), codes], 1).tobytes().hex(), "values": decoded.tobytes().hex()}
+codes = random.integers(-8, 8, (2, 128), dtype=np.int8)
+words = pack_to_int32(torch.from_numpy(codes), 4).numpy().view(np.uint8)
+decoded = codes.astype(np.float32) * scale
+golden["INT4"] = {"blocks": np.concatenate([scale.view(np.uint8), words], 1).tobytes().hex(), "values": decoded.tobytes().hex()}
 path = pathlib.Path(__file__).parent.parent / "tests/golden/quantized_blocks.json"
 path.write_text(json.dumps(golden) + "\n")

@@ -670,7 +670,7 @@ prop_compose! {
         let (from_scratch, full_fine_tuning) = (Compared::Off, Compared::Counted);
         Recipe {
             name: "a run".into(), seed, adapter, data, train, budget, energy,
-            model: Model { id, revision, dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm, quantization },
+            model: Model { id, revision, file: Some("q8_0.gguf".into()), dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm, quantization },
             baseline: Baseline { from_scratch, full_fine_tuning, energy_multiple, learning_rate, budget: cap },
             report: Report {
                 requests_per_day, prompt_tokens: 7, generated_tokens: 9, few_shot_examples: 3, larger_model: larger.and_then(LargerModel::parse),

@@ -31,8 +31,8 @@ pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 /// Inputs and output of a merge.
 #[derive(Clone, Copy)]
 pub struct MergeJob<'a> {
-    /// The model's safetensors files: one, or all shards.
-    pub weights: &'a [PathBuf],
+    /// The model's tensors.
+    pub weights: MergeWeights<'a>,
     /// Names of the model's tensors -> their names in the files; a name that is not listed is the same there.
     pub stored_names: &'a BTreeMap<String, String>,
     /// The model's modules.
@@ -47,6 +47,59 @@ pub struct MergeJob<'a> {
     pub out: &'a Path,
     /// Most bytes of values in one file.
     pub max_shard: Bytes,
+}
+
+/// Where a merge reads a model's tensors.
+#[derive(Clone, Copy)]
+pub enum MergeWeights<'a> {
+    /// Safetensors files: one, or all shards.
+    Files(&'a [PathBuf]),
+    /// Files of quantised weights: their tensors as they are merged, in 16 bits where they are quantised, and the bytes of each.
+    Dequantized {
+        /// Names, types and shapes.
+        tensors: &'a [TensorEntry],
+        /// Reads one.
+        bytes: &'a dyn Fn(&TensorEntry) -> Result<Vec<u8>>,
+    },
+}
+
+impl MergeWeights<'_> {
+    fn tensors(&self) -> Result<Vec<TensorEntry>> {
+        match self {
+            Self::Files(paths) => read_headers(paths),
+            Self::Dequantized { tensors, .. } => Ok(tensors.to_vec()),
+        }
+    }
+
+    /// Appends the bytes of `tensor` with its change to `writer`.
+    fn write(
+        &self,
+        tensor: &TensorEntry,
+        change: Option<&Change<'_>>,
+        writer: &mut impl Write,
+        path: &Path,
+    ) -> Result<()> {
+        let failed = |source| Error::io("write", path, source);
+        let mut bytes = match (self, change) {
+            (Self::Files(paths), None) => {
+                let mut values = open_at(&paths[tensor.file], tensor)?;
+                return std::io::copy(&mut values, writer).map(drop).map_err(failed);
+            }
+            (Self::Files(paths), Some(_)) => {
+                let path = &paths[tensor.file];
+                let mut bytes = Vec::with_capacity(tensor.size as usize);
+                open_at(path, tensor)?
+                    .read_to_end(&mut bytes)
+                    .map_err(|source| Error::io("read", path, source))?;
+                bytes
+            }
+            (Self::Dequantized { bytes, .. }, _) => bytes(tensor)?,
+        };
+        if let Some(change) = change {
+            change.apply(&mut bytes, tensor)?;
+        }
+        writer.write_all(&bytes).map_err(failed)
+    }
 }
 
 /// Content of the merged model.
@@ -89,7 +142,7 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.out.exists() {
         return Err(exists(job.out));
     }
-    let mut tensors = read_headers(job.weights)?;
+    let mut tensors = job.weights.tensors()?;
     if job.adaptation.unties {
         add_tied_tensor(&mut tensors, job);
     }
@@ -175,7 +228,7 @@ fn changes<'a>(tensors: &[TensorEntry], job: &MergeJob<'a>) -> Result<BTreeMap<u
         problems,
         "cannot be merged",
         None,
-        "merge it into the model it was trained on, unquantised and as safetensors",
+        "merge it into the model it was trained on",
     )?;
     Ok(changes)
 }
@@ -428,18 +481,8 @@ fn write_shard(
     writer.write_all(&header(&listed)?).map_err(failed)?;
     for index in shard {
         let tensor = &tensors[*index];
-        let mut values = open_at(&job.weights[tensor.file], tensor)?;
-        match changes.get(index) {
-            None => drop(std::io::copy(&mut values, &mut writer).map_err(failed)?),
-            Some(change) => {
-                let mut bytes = Vec::with_capacity(tensor.size as usize);
-                values
-                    .read_to_end(&mut bytes)
-                    .map_err(|source| Error::io("read", &job.weights[tensor.file], source))?;
-                change.apply(&mut bytes, tensor)?;
-                writer.write_all(&bytes).map_err(failed)?;
-            }
-        }
+        job.weights
+            .write(tensor, changes.get(index), &mut writer, path)?;
     }
     let file = writer
         .into_inner()

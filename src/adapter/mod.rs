@@ -32,7 +32,7 @@ pub use decomposition::Factors;
 pub use diff::{Difference, diff};
 pub use init::kaiming_uniform;
 pub use inspect::{Inspection, inspect};
-pub use merge::{MergeJob, MergeSummary, merge};
+pub use merge::{MergeJob, MergeSummary, MergeWeights, merge};
 pub use options::{LoraConfig, LoraInit, Targets};
 pub use peft::{LoadedAdapter, load, save};
 pub use portability::{Verdict, check_portable, portability};

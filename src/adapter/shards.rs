@@ -28,13 +28,15 @@ const LENGTH_FIELD: u64 = 8;
 
 /// Location of a tensor in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct TensorEntry {
+pub struct TensorEntry {
     /// Name.
     pub name: String,
     /// Stored type of an element; of a quantised tensor bytes.
     pub dtype: Dtype,
     /// The blocks of a quantised tensor.
     pub format: Option<StoredFormat>,
+    /// The tensors with the scales of a quantised one, where its file holds them apart.
+    pub scales: Vec<TensorEntry>,
     /// Shape.
     pub shape: Vec<usize>,
     /// Index of the file.
@@ -179,6 +181,7 @@ fn read_header(path: &Path, file: usize) -> Result<Vec<TensorEntry>> {
         Some(TensorEntry {
             dtype: info.dtype,
             format: None,
+            scales: Vec::new(),
             shape: info.shape.clone(),
             name,
             file,
@@ -294,6 +297,7 @@ mod tests {
             name: name.into(),
             dtype,
             format: None,
+            scales: Vec::new(),
             shape: vec![size as usize],
             file: 0,
             start: 0,

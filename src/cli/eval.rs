@@ -7,11 +7,11 @@ use super::model::{ComputeArguments, ModelArguments};
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::{Error, Kind, Result};
-use crate::recipe::Recipe;
+use crate::recipe::{Quantization, Recipe};
 use crate::run::Screen as _;
 use crate::run::{
-    self, Classification, DataOptions, Device, Evaluation, EvaluationJob, Format, ModelSource,
-    OnBadRecord, PromptTemplate, TxtUnit,
+    self, Classification, DataOptions, Device, Divergence, Evaluation, EvaluationJob, Format,
+    ModelRequest, ModelSelection, ModelSource, OnBadRecord, PromptTemplate, TxtUnit,
 };
 
 #[derive(Debug, clap::Args)]
@@ -42,6 +42,9 @@ pub(super) struct Arguments {
     /// Evaluate only the first N records
     #[arg(long)]
     limit: Option<usize>,
+    /// Compare predictions with another model's: a run or adapter directory, hub id, model directory or GGUF file
+    #[arg(long, value_name = "MODEL")]
+    against: Option<String>,
 }
 
 impl Arguments {
@@ -89,6 +92,9 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let device = arguments.device()?;
     let mut screen = Terminal::new(common.quiet);
     let job = arguments.job(&source, &device, &mut screen)?;
+    if let Some(reference) = &arguments.against {
+        return compare(&job, reference, &mut screen, common);
+    }
     let result = run::evaluate(&job, &mut screen)?;
     screen.clear();
     if common.json {
@@ -104,6 +110,47 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
             result.examples
         )),
     }
+}
+
+/// Prints how far the model's predictions are from those of `reference`.
+fn compare(
+    job: &EvaluationJob<'_>,
+    reference: &str,
+    screen: &mut Terminal,
+    common: Common,
+) -> Result<ExitCode> {
+    let reference = ModelSelection::named(reference)?;
+    let quantization = reference
+        .recipe
+        .as_ref()
+        .map(|recipe| recipe.model.quantization);
+    let request = ModelRequest {
+        source: &reference,
+        quantization: quantization.unwrap_or(Quantization::None),
+        ..job.model
+    };
+    let found = run::divergence(job, &request, screen)?;
+    screen.clear();
+    if common.json {
+        return out_json(&found);
+    }
+    out(&divergence_text(&found))
+}
+
+/// A divergence in two lines.
+pub(super) fn divergence_text(found: &Divergence) -> String {
+    format!(
+        "loss {:.4} nats per token, {:+.4} against {:.4} of the other model\n\
+         KL divergence {:.5} nats (median {:.5}, 99 % {:.5}), the same likeliest token at {:.2} % of {} tokens",
+        found.loss,
+        found.loss - found.reference_loss,
+        found.reference_loss,
+        found.kl_divergence,
+        found.kl_median,
+        found.kl_99,
+        100.0 * found.same_top,
+        found.loss_tokens
+    )
 }
 
 /// Figures, and the confusion matrix with a row for each true class.
@@ -145,19 +192,7 @@ fn classification_text(result: &Evaluation, classification: &Classification) -> 
 
 /// The options of the run's recipe, replaced where an argument is given.
 fn options(arguments: &Arguments, recipe: Option<&Recipe>) -> Result<DataOptions> {
-    let mut options = recipe.map_or_else(
-        || DataOptions {
-            format: Format::Auto,
-            columns: Default::default(),
-            max_length: 512,
-            on_bad_record: OnBadRecord::Stop,
-            txt_unit: TxtUnit::Paragraph,
-            prompt_template: None,
-            labels: Vec::new(),
-            classifies_words: false,
-        },
-        |recipe| run::data_options(&recipe.data, recipe.model.task),
-    );
+    let mut options = default_options(recipe);
     if !arguments.columns.is_empty() {
         options.columns = column_pairs(&arguments.columns)?;
     }
@@ -183,4 +218,21 @@ pub(super) fn column_pairs(texts: &[String]) -> Result<Vec<(String, String)>> {
         })
     };
     texts.iter().map(pair).collect()
+}
+
+/// How records are read where no argument says so: as the run of `recipe` did.
+pub(super) fn default_options(recipe: Option<&Recipe>) -> DataOptions {
+    recipe.map_or_else(
+        || DataOptions {
+            format: Format::Auto,
+            columns: Default::default(),
+            max_length: 512,
+            on_bad_record: OnBadRecord::Stop,
+            txt_unit: TxtUnit::Paragraph,
+            prompt_template: None,
+            labels: Vec::new(),
+            classifies_words: false,
+        },
+        |recipe| run::data_options(&recipe.data, recipe.model.task),
+    )
 }

@@ -18,6 +18,9 @@ pub(super) struct ModelArguments {
     /// Branch, tag or commit of a hub model [default: that of the run or adapter, else main]
     #[arg(long)]
     revision: Option<String>,
+    /// GGUF file of a hub model or model directory
+    #[arg(long, value_name = "FILE")]
+    model_file: Option<String>,
     /// PEFT adapter directory; names the base model where `--model` does not
     #[arg(long)]
     adapter: Option<PathBuf>,
@@ -50,6 +53,7 @@ impl ModelArguments {
             run: self.run.as_deref(),
             model: self.model.as_deref(),
             revision: self.revision.as_deref(),
+            file: self.model_file.as_deref(),
             adapter: self.adapter.as_deref(),
         };
         selection.resolve()

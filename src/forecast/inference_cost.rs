@@ -6,6 +6,7 @@
 use super::inference::{
     Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
 };
+use super::stored_formats::effect_of_formats;
 use super::subject::{Subject, Target, emissions};
 use crate::adapter::Adaptation;
 use crate::energy::{Charge, Interval, MeterKind, carbon};
@@ -95,6 +96,7 @@ pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKi
         .requests_per_day
         .map(|per_day| year(subject, per_day, base.energy(), fine_tuning, payback));
     let mut assumptions = assumptions(subject, alternative.as_ref());
+    assumptions.extend(effect_of_formats(subject));
     if meter != MeterKind::Counted {
         assumptions.push(format!(
             "requests are compared with the counted energy of the fine-tuning ({fine_tuning}), not with its {} energy",

@@ -12,6 +12,7 @@ mod inference_cost;
 mod measured_baseline;
 mod plan;
 pub mod published;
+mod stored_formats;
 mod subject;
 pub mod training_cost;
 mod what_if;

@@ -211,6 +211,15 @@ impl ModelFiles {
     }
 }
 
+/// A file in the cache.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FetchedFile {
+    /// Its path in the snapshot of the commit.
+    pub path: PathBuf,
+    /// The commit it is of.
+    pub commit: String,
+}
+
 impl Hub {
     /// Fetches a model's small files: configuration, tokenizer, chat template, model card.
     ///
@@ -238,6 +247,52 @@ impl Hub {
         model.revision = repo.revision;
         model.commit = Some(listing.commit);
         Ok(model)
+    }
+
+    /// Fetches one file of a model.
+    ///
+    /// # Errors
+    /// When the repository has no such file, or as [`Hub::model`].
+    pub fn model_file(
+        &self,
+        id: &str,
+        revision: &str,
+        file: &str,
+        progress: &dyn Progress,
+    ) -> Result<FetchedFile> {
+        let repo = Repo::new(RepoKind::Model, id, revision)?;
+        let listing = self.listing(&repo, progress)?;
+        if !listing.contains(file) {
+            if self.is_offline() {
+                return Err(not_cached(&repo, Some(file)));
+            }
+            let same_kind =
+                |name: &&String| Path::new(name).extension() == Path::new(file).extension();
+            let found: Vec<&str> = listing
+                .files
+                .iter()
+                .filter(same_kind)
+                .map(String::as_str)
+                .collect();
+            return Err(Error::new(Kind::Hub, "the repository has no such file")
+                .at(repo.place(None))
+                .value(file)
+                .rule(format!(
+                    "one of {}",
+                    if found.is_empty() {
+                        "none: it has no file of this kind".into()
+                    } else {
+                        found.join(", ")
+                    }
+                ))
+                .hint("correct `file` in [model], or `--model-file`"));
+        }
+        let path = self.file(&listing, file, progress)?;
+        self.cache(&repo).write_ref(revision, &listing.commit)?;
+        Ok(FetchedFile {
+            path,
+            commit: listing.commit,
+        })
     }
 
     /// Fetches a hub model's weights: one safetensors file, or the index and its shards. A model from a directory has them.
@@ -378,7 +433,7 @@ fn no_config(place: &str, files: &[String]) -> Error {
     match files.iter().find(|file| file.ends_with(".gguf")) {
         Some(file) => error
             .value(format!("a GGUF file: {file}"))
-            .hint("choose the repository it was converted from"),
+            .hint("name the file: `file = \"NAME.gguf\"` in [model], or `--model-file NAME.gguf`"),
         None => error.hint(
             "choose a model in transformers format: `config.json`, `tokenizer.json` and `model.safetensors`",
         ),

@@ -284,16 +284,14 @@ impl<'a> Config<'a> {
             .find(matters);
         let Some((key, _)) = found else { return Ok(()) };
         let rule = match *key {
-            "quantization_config" | "compression_config" => "weights in f32, bf16 or f16".into(),
+            "compression_config" => "weights in f32, bf16 or f16".into(),
             "qk_layernorm" | "use_qk_norm" => {
                 "false: these norms of q and k are not supported".into()
             }
             _ => format!("a model of type {model_type} has no such setting"),
         };
         Err(self.wrong(key, &rule).hint(match *key {
-            "quantization_config" | "compression_config" => {
-                "use the model's original, unquantised repository"
-            }
+            "compression_config" => "use the model's original, unquantised repository",
             "qk_layernorm" | "use_qk_norm" => "choose a model whose config.json has it false",
             _ => {
                 "transformers would ignore it: remove it from config.json, or correct `model_type`"
@@ -331,7 +329,6 @@ impl Neutral {
 
 /// Keys that change what some model type of transformers computes.
 const FOREIGN_KEYS: &[(&str, Neutral)] = &[
-    ("quantization_config", Neutral::Off),
     ("compression_config", Neutral::Off),
     ("partial_rotary_factor", Neutral::One),
     ("rotary_pct", Neutral::One),

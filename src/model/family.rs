@@ -67,11 +67,13 @@ impl Architecture {
         let (config, model_type) = Config::new(decoder.as_ref().unwrap_or(object))?;
         if let Some(mut architecture) = encoder(&config, model_type)? {
             architecture.classify_as(&class(&config, model_type), &config)?;
+            architecture.quantize_as_stored(&config)?;
             check_parameters(&architecture)?;
             return Ok(architecture);
         }
         let mut architecture = decoder_of(&config, model_type, decoder.is_some())?;
         architecture.classify_as(&architecture.class.clone(), &config)?;
+        architecture.quantize_as_stored(&config)?;
         check_parameters(&architecture)?;
         Ok(architecture)
     }

@@ -12,6 +12,8 @@ use candle_core::quantized::gguf_file::Content;
 use safetensors::tensor::Dtype;
 
 use super::Architecture;
+use super::quantized_files::join_scales;
+use super::stored::StoredTensor;
 use crate::adapter::shards::{TensorEntry, read_headers};
 use crate::error::{Error, Kind, Result};
 use crate::ops::{Activation, StoredFormat};
@@ -207,13 +209,24 @@ fn stored_format(dtype: GgmlDType) -> Option<StoredFormat> {
     })
 }
 
-/// The tensors of weight files under the names of `architecture`: of safetensors files as they are stored.
+/// The tensors of weight files under the names of `architecture`: of safetensors files as they are stored, with each quantised matrix and
+/// its scales as one.
 ///
 /// # Errors
 /// A damaged file; a tensor of a GGUF file in a type that is not read, or beyond the file's end.
 pub(super) fn headers(paths: &[PathBuf], architecture: &Architecture) -> Result<Vec<TensorEntry>> {
     if !is_gguf(paths) {
-        return read_headers(paths);
+        return join_scales(read_headers(paths)?, &|tensor| {
+            let path = &paths[tensor.file];
+            let file = File::open(path).map_err(|source| Error::io("read", path, source))?;
+            StoredTensor {
+                path,
+                file: &file,
+                tensor,
+                transposed: false,
+            }
+            .bytes()
+        });
     }
     let path = &paths[0];
     let content = read_content(path)?;
@@ -261,6 +274,7 @@ pub(super) fn headers(paths: &[PathBuf], architecture: &Architecture) -> Result<
                 _ => Dtype::U8,
             },
             format: Some(format).filter(|format| !format.is_float()),
+            scales: Vec::new(),
             shape,
             file: 0,
             start,

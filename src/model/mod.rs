@@ -27,6 +27,7 @@ mod kv_cache;
 mod linears;
 mod memory;
 mod names;
+mod quantized_files;
 mod recompute;
 mod residual;
 mod rope_config;

@@ -58,14 +58,9 @@ impl StoredTensor<'_> {
         })
     }
 
-    /// Reads the values in f32, row-major.
+    /// Reads the values of an unquantised tensor in f32, row-major.
     pub(crate) fn f32s(&self) -> Result<Vec<f32>> {
-        let Some(format) = self.tensor.format else {
-            return self.read_as(Dtype::F32, |wide| wide);
-        };
-        let columns = self.tensor.shape.last().copied().unwrap_or(1);
-        let rows = self.tensor.shape.iter().product::<usize>() / columns.max(1);
-        Ok(format.decode(&self.bytes()?, [rows, columns]))
+        self.read_as(Dtype::F32, |wide| wide)
     }
 
     /// Reads the tensor as it is stored.

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::architecture::Architecture;
 use super::gguf::{self, Family};
+use super::quantized_files;
 use super::stored::{StoredTensor, read_at};
 use crate::adapter::shards::TensorEntry;
 use crate::error::{Error, Kind, Result};
@@ -37,6 +38,8 @@ pub struct Weights {
     files: Vec<(PathBuf, File)>,
     /// Name in the architecture -> location in the files.
     locations: BTreeMap<String, TensorEntry>,
+    /// What the files hold besides, by its name there.
+    others: BTreeMap<String, TensorEntry>,
     /// Tensors of the architecture whose transposes are stored.
     transposed: BTreeSet<String>,
     architecture: Architecture,
@@ -86,6 +89,7 @@ impl Weights {
         Ok(Self {
             files: paths.iter().map(open).collect::<Result<_>>()?,
             locations,
+            others: stored,
             gguf: Family::of(&architecture.model_type).filter(|_| gguf::is_gguf(paths)),
             transposed: tensors.map(|tensor| tensor.name).collect(),
             architecture: architecture.clone(),
@@ -126,7 +130,7 @@ impl Weights {
     /// A tensor of the files.
     fn stored(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let source = self.source(name)?;
-        if self.gguf.is_none() {
+        if self.gguf.is_none() && source.tensor.format.is_none() {
             return source.tensor(dtype, device);
         }
         let shape = source.tensor.shape.as_slice();
@@ -171,7 +175,7 @@ impl Weights {
             return Ok(values.collect::<Result<Vec<_>>>()?.concat());
         }
         let source = self.source(name)?;
-        let mut values = source.f32s()?;
+        let mut values = self.decoded(&source)?;
         let Some(family) = self.gguf else {
             return Ok(values);
         };
@@ -193,11 +197,91 @@ impl Weights {
         if source.tensor.format != Some(format) {
             return format.encode(&self.values(name)?, columns);
         }
-        let blocks = source.bytes()?;
+        let blocks = self.stored_blocks(&source)?;
         Ok(match self.gguf {
             Some(family) => self.in_order(family, name, blocks, format.bytes_of(columns)),
             None => blocks,
         })
+    }
+
+    /// The blocks of a quantised tensor in the order of its rows in the files.
+    fn stored_blocks(&self, source: &StoredTensor<'_>) -> Result<Vec<u8>> {
+        if source.tensor.scales.is_empty() {
+            return source.bytes();
+        }
+        quantized_files::blocks(source.tensor, &|tensor| {
+            let (path, file) = &self.files[tensor.file];
+            StoredTensor {
+                path,
+                file,
+                tensor,
+                transposed: false,
+            }
+            .bytes()
+        })
+    }
+
+    /// The tensors of the files, as they are stored.
+    fn stored_tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.locations.values().chain(self.others.values())
+    }
+
+    /// The tensors of the files as a merge writes them, quantised ones in bf16; `None` if the files are safetensors without any.
+    pub(crate) fn dequantized_tensors(&self) -> Option<Vec<TensorEntry>> {
+        let is_plain = |tensor: &TensorEntry| tensor.format.is_none();
+        if self.gguf.is_none() && self.stored_tensors().all(is_plain) {
+            return None;
+        }
+        let written = |tensor: &TensorEntry| match tensor.format {
+            None => tensor.clone(),
+            Some(_) => TensorEntry {
+                dtype: Dtype::BF16,
+                size: 2 * tensor.shape.iter().product::<usize>() as u64,
+                ..tensor.clone()
+            },
+        };
+        Some(self.stored_tensors().map(written).collect())
+    }
+
+    /// The values of one of [`Weights::dequantized_tensors`] as its type stores them.
+    pub(crate) fn dequantized_bytes(&self, written: &TensorEntry) -> Result<Vec<u8>> {
+        let mut tensors = self.stored_tensors();
+        let Some(tensor) =
+            tensors.find(|tensor| tensor.start == written.start && tensor.file == written.file)
+        else {
+            return Err(Error::new(
+                Kind::Model,
+                format!("the model has no tensor `{}`", written.name),
+            ));
+        };
+        let (path, file) = &self.files[tensor.file];
+        let source = StoredTensor {
+            path,
+            file,
+            tensor,
+            transposed: false,
+        };
+        let values = match (self.gguf, tensor.format) {
+            (None, None) => return source.bytes(),
+            (None, Some(_)) => self.decoded(&source)?,
+            (Some(_), _) => self.values(&tensor.name)?,
+        };
+        let format = match written.dtype {
+            Dtype::F32 => StoredFormat::F32,
+            Dtype::F16 => StoredFormat::F16,
+            _ => StoredFormat::BF16,
+        };
+        format.encode(&values, 1)
+    }
+
+    /// The values of a tensor in f32, its rows in the order of the files.
+    fn decoded(&self, source: &StoredTensor<'_>) -> Result<Vec<f32>> {
+        let Some(format) = source.tensor.format else {
+            return source.f32s();
+        };
+        let columns = source.tensor.shape.last().copied().unwrap_or(1);
+        let rows = source.tensor.shape.iter().product::<usize>() / columns.max(1);
+        Ok(format.decode(&self.stored_blocks(source)?, [rows, columns]))
     }
 
     /// Rows of `width` elements in the order of the architecture.
@@ -255,7 +339,7 @@ impl Architecture {
         let quantised = headers
             .iter()
             .filter_map(|tensor| Some((tensor.name.clone(), tensor.format?)));
-        self.stored_formats.extend(quantised);
+        self.stored_formats = quantised.collect();
         let decoder = headers
             .iter()
             .filter(|tensor| !self.names.is_of_tower(&tensor.name) && tensor.format.is_none());

@@ -13,6 +13,7 @@ use crate::adapter::options::{LoraConfig, Targets};
 pub(super) fn note(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     lora_keys_without_lora(recipe, reader);
     quantised_weights_that_are_trained(recipe, reader);
+    model_file_of_another_format(recipe, reader);
     layers_without_names(recipe, reader);
     cost_without_price(recipe, reader);
     measured_baselines(recipe, reader);
@@ -48,6 +49,21 @@ fn quantised_weights_that_are_trained(recipe: &Recipe, reader: &mut Reader<'_, '
             "quantised weights cannot be trained",
             "`adapter.type = \"none\"` trains every weight",
             "write `quantization = \"none\"`, or `type = \"lora\"` in [adapter]",
+        );
+    }
+}
+
+fn model_file_of_another_format(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
+    let other = |file: &&String| !file.ends_with(".gguf");
+    if let (Some(_), Some(span)) = (
+        recipe.model.file.as_ref().filter(other),
+        reader.span(&model::file),
+    ) {
+        reader.diagnostics.add(
+            span,
+            "`model.file` is not a GGUF file",
+            "a model in safetensors files is named by its repository or directory alone",
+            "name a file that ends in `.gguf`, or remove the key",
         );
     }
 }

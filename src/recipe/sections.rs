@@ -72,6 +72,8 @@ section! {
             .in_starter(),
         /// Branch, tag or commit of a hub model
         revision: String = default("\"main\""),
+        /// GGUF file in the hub repository or directory
+        file: Option<String> = optional("\"model-Q4_K_M.gguf\"").known_as(&["gguf_file", "hf_file"]),
         /// Compute precision
         dtype: Precision = default("\"f32\"").known_as(&["torch_dtype", "precision"]).in_starter(),
         /// "random" trains from scratch

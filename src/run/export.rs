@@ -131,43 +131,92 @@ fn write_file(
     progress: &dyn Progress,
 ) -> Result<Exported> {
     let name = format!("model-{}.gguf", request.quantization.name());
-    let draft = DraftDirectory::new(request.out)?;
-    let path = draft.path().join(&name);
     let infos: Vec<&TensorInfo> = model.tensors.iter().map(|tensor| &tensor.info).collect();
+    let draft = DraftDirectory::new(request.out)?;
+    write_container(
+        &draft.path().join(&name),
+        &model.metadata,
+        &infos,
+        progress,
+        |index| {
+            let tensor = &model.tensors[index];
+            let columns = tensor.info.shape.last().copied().unwrap_or(1);
+            tensor
+                .info
+                .format
+                .encode(&model.values(&tensor.source)?, columns)
+        },
+    )?;
+    let modelfile_path = draft.path().join("Modelfile");
+    std::fs::write(&modelfile_path, modelfile(&name, model.eos.as_deref()))
+        .map_err(|source| Error::io("write", &modelfile_path, source))?;
+    install(draft, request.out, &name, &infos)
+}
+
+/// Creates the directory `out` with one GGUF file; `values` gives the stored bytes of each tensor.
+pub(super) fn write_new(
+    out: &Path,
+    name: &str,
+    metadata: &[(String, Value)],
+    infos: &[&TensorInfo],
+    progress: &dyn Progress,
+    values: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<Exported> {
+    if out.exists() {
+        return Err(exists(out));
+    }
+    let draft = DraftDirectory::new(out)?;
+    write_container(&draft.path().join(name), metadata, infos, progress, values)?;
+    install(draft, out, name, infos)
+}
+
+/// Writes a GGUF file.
+fn write_container(
+    path: &Path,
+    metadata: &[(String, Value)],
+    infos: &[&TensorInfo],
+    progress: &dyn Progress,
+    mut values: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<()> {
     let total: usize = infos.iter().map(|info| info.size()).sum();
+    let name = path.file_name().unwrap_or_default().display();
     progress.start(&format!("writing {name}"), Some(total as u64));
-    let unwritten = |source| Error::io("write", &path, source);
-    let mut file = File::create(&path).map_err(unwritten)?;
-    file.write_all(&container::head(&model.metadata, &infos)?)
+    let unwritten = |source| Error::io("write", path, source);
+    let mut file = File::create(path).map_err(unwritten)?;
+    file.write_all(&container::head(metadata, infos)?)
         .map_err(unwritten)?;
-    for tensor in &model.tensors {
-        let info = &tensor.info;
-        let columns = info.shape.last().copied().unwrap_or(1);
-        let mut stored = info
-            .format
-            .encode(&model.values(&tensor.source)?, columns)?;
+    for (index, info) in infos.iter().enumerate() {
+        let mut stored = values(index)?;
         container::align(&mut stored);
         file.write_all(&stored).map_err(unwritten)?;
         progress.advance(info.size() as u64);
     }
     file.sync_all().map_err(unwritten)?;
-    let size = Bytes(file.metadata().map_err(unwritten)?.len());
-    let modelfile_path = draft.path().join("Modelfile");
-    std::fs::write(&modelfile_path, modelfile(&name, model.eos.as_deref()))
-        .map_err(|source| Error::io("write", &modelfile_path, source))?;
     progress.finish();
+    Ok(())
+}
+
+/// Gives the directory its name.
+fn install(
+    draft: DraftDirectory,
+    out: &Path,
+    name: &str,
+    infos: &[&TensorInfo],
+) -> Result<Exported> {
+    let path = draft.path().join(name);
+    let size = std::fs::metadata(&path).map_err(|source| Error::io("read", &path, source))?;
     if !draft.install_new()? {
-        return Err(exists(request.out));
+        return Err(exists(out));
     }
-    let weights: usize = infos
+    let elements = infos
         .iter()
-        .map(|info| info.shape.iter().product::<usize>())
-        .sum();
+        .map(|info| info.shape.iter().product::<usize>());
+    let total: usize = infos.iter().map(|info| info.size()).sum();
     Ok(Exported {
-        file: request.out.join(name),
-        size,
+        file: out.join(name),
+        size: Bytes(size.len()),
         tensors: infos.len(),
-        bits_per_weight: 8.0 * total as f64 / weights as f64,
+        bits_per_weight: 8.0 * total as f64 / elements.sum::<usize>() as f64,
     })
 }
 
@@ -283,5 +332,44 @@ pub(super) fn name_of(id: &ModelId) -> String {
             .file_name()
             .map_or_else(|| "model".into(), |name| name.display().to_string()),
         id => model_name(id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The sizes of Llama-3.1-8B in GiB that the README of `llama-quantize` lists (llama.cpp at f364eb6f, MIT).
+    #[test]
+    fn sizes_of_llama_3_1_8b_are_those_of_published_files() {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
+            "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0, "tie_word_embeddings": false,
+            "rope_scaling": {
+                "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3"
+            },
+        });
+        let architecture = Architecture::from_config(&config).unwrap();
+        let family = gguf::family(&architecture).unwrap();
+        let published = [
+            (Quantization::Q8_0, 7.95),
+            (Quantization::Q6_K, 6.14),
+            (Quantization::Q4_K_M, 4.58),
+        ];
+        for (quantization, size) in published {
+            let tensors = plan_tensors(family, &architecture, quantization).unwrap();
+            let bytes: usize = tensors.iter().map(|tensor| tensor.info.size()).sum();
+            // The tokenizer in the head of a file takes 8 MB.
+            let found = (bytes as f64 + 8e6) / f64::from(1 << 30);
+            assert_eq!(
+                format!("{found:.2}"),
+                format!("{size:.2}"),
+                "{quantization:?}"
+            );
+        }
     }
 }

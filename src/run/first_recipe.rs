@@ -190,7 +190,12 @@ impl Looked {
         screen: &mut dyn Screen,
     ) -> Result<Self> {
         let recipe = parsed(request.path, choices)?;
-        let files = find_model(&recipe.model.id, &recipe.model.revision, screen.downloads())?;
+        let files = find_model(
+            &recipe.model.id,
+            &recipe.model.revision,
+            recipe.model.file.as_deref(),
+            screen.downloads(),
+        )?;
         let architecture =
             architecture::architecture_of(&files, Init::Pretrained, Quantization::None, device)?;
         let tokenizer = tokenizer_of(&files, architecture.vocab_size, None)?;

@@ -19,7 +19,7 @@ pub(super) fn open_gguf(path: &Path) -> Result<ModelFiles> {
             Error::new(Kind::Hub, "there is no such GGUF file").at(path.display().to_string())
         );
     }
-    let path = std::fs::canonicalize(path).map_err(|source| Error::io("read", path, source))?;
+    let path = std::path::absolute(path).map_err(|source| Error::io("read", path, source))?;
     let file = GgufFile::open(&path)?;
     let mut files = vec![
         ("config.json", file.config_json()?),

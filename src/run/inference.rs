@@ -47,7 +47,12 @@ pub(super) struct LoadedModel {
 
 /// A model's files, weights included.
 pub(super) fn fetch(source: &ModelSource, progress: &dyn Progress) -> Result<ModelFiles> {
-    let mut files = find_model(&source.id, &source.revision, progress)?;
+    let mut files = find_model(
+        &source.id,
+        &source.revision,
+        source.file.as_deref(),
+        progress,
+    )?;
     fetch_weights(&mut files, progress)?;
     Ok(files)
 }
@@ -56,7 +61,12 @@ pub(super) fn fetch(source: &ModelSource, progress: &dyn Progress) -> Result<Mod
 pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Result<OpenedModel> {
     check_precision(request.device, request.precision)?;
     let source = request.source;
-    let files = find_model(&source.id, &source.revision, screen.downloads())?;
+    let files = find_model(
+        &source.id,
+        &source.revision,
+        source.file.as_deref(),
+        screen.downloads(),
+    )?;
     let architecture = architecture(request, &files)?;
     let tokenizer = tokenizer_of(&files, architecture.vocab_size, source.chat_date())?;
     for warning in tokenizer.warnings() {

@@ -10,10 +10,11 @@ use super::export::name_of;
 use super::inference::fetch;
 use super::model::{copy_companions, copy_file, read_json, write_json};
 use super::model_source::ModelSource;
-use crate::adapter::{self, MergeJob, MergeSummary};
+use crate::adapter::shards::TensorEntry;
+use crate::adapter::{self, MergeJob, MergeSummary, MergeWeights};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
-use crate::model::{Weights, is_gguf};
+use crate::model::Weights;
 use crate::recipe::{Init, ModelId, Quantization};
 use crate::report::files::MODEL_CARD;
 
@@ -25,7 +26,8 @@ pub struct MergeRequest<'a> {
     pub out: &'a Path,
 }
 
-/// Merges W + scaling B A and the weights trained in full, in f32, rounded once to the file's dtype.
+/// Merges W + scaling B A and the weights trained in full, in f32, rounded once to the file's dtype; of quantised weights their decoded
+/// values, and the result in bf16.
 ///
 /// # Errors
 /// A model or adapter that cannot be loaded, or that do not fit each other.
@@ -34,11 +36,6 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let adapter = adapter_of(request.source)?;
     let files = fetch(request.source, screen.downloads())?;
     let architecture = architecture_of(&files, Init::Pretrained, Quantization::None, &device)?;
-    if is_gguf(&files.weights) {
-        return Err(Error::new(Kind::Usage, "merging into a GGUF file is not supported")
-            .value(files.weights[0].display().to_string())
-            .hint("name the model that it was made from with `--model ID|DIRECTORY`, and merge into that"));
-    }
     if architecture.classifier().is_some() {
         return Err(
             Error::new(Kind::Usage, "merging the adapter of a classifier is not supported")
@@ -47,7 +44,9 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         );
     }
     // Refuses weights that do not fit config.json before anything is written.
-    let stored_names = Weights::open(&files.weights, &architecture)?.stored_names();
+    let weights = Weights::open(&files.weights, &architecture)?;
+    let stored_names = weights.stored_names();
+    let dequantized = weights.dequantized_tensors();
     let loaded = adapter::load(adapter)?;
     let layout = architecture.layout();
     let adaptation = loaded.adaptation(&layout)?;
@@ -62,13 +61,25 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
             card(request.source, files.license.as_deref()),
         )?;
         let config = dir.join("config.json");
-        if adaptation.unties {
-            return write_untied_config(&files.config, &config);
+        match adaptation.unties || dequantized.is_some() {
+            true => write_config(
+                &files.config,
+                &config,
+                adaptation.unties,
+                dequantized.is_some(),
+            ),
+            false => copy_file(&files.config, &config),
         }
-        copy_file(&files.config, &config)
     };
+    let bytes = |tensor: &TensorEntry| weights.dequantized_bytes(tensor);
     adapter::merge(&MergeJob {
-        weights: &files.weights,
+        weights: match &dequantized {
+            Some(tensors) => MergeWeights::Dequantized {
+                tensors,
+                bytes: &bytes,
+            },
+            None => MergeWeights::Files(&files.weights),
+        },
         stored_names: &stored_names,
         layout: &layout,
         adapter: &loaded,
@@ -80,7 +91,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
 }
 
 /// The adapter to merge.
-fn adapter_of(source: &ModelSource) -> Result<&Path> {
+pub(super) fn adapter_of(source: &ModelSource) -> Result<&Path> {
     source.adapter.as_deref().ok_or_else(|| match &source.id {
         ModelId::Directory(dir) if source.recipe.is_some() => Error::new(
             Kind::Usage,
@@ -95,10 +106,22 @@ fn adapter_of(source: &ModelSource) -> Result<&Path> {
     })
 }
 
-/// Copies a config.json with `tie_word_embeddings` false: the merged embeddings differ.
-fn write_untied_config(from: &Path, to: &Path) -> Result<()> {
+/// Copies a config.json: with `tie_word_embeddings` false where the merged embeddings differ, and as that of a model in 16 bits where its
+/// weights were quantised.
+fn write_config(from: &Path, to: &Path, unties: bool, dequantized: bool) -> Result<()> {
     let mut config = read_json(from)?;
-    config["tie_word_embeddings"] = false.into();
+    if unties {
+        config["tie_word_embeddings"] = false.into();
+    }
+    if let (true, Some(config)) = (dequantized, config.as_object_mut()) {
+        config.remove("quantization_config");
+        let key = if config.contains_key("dtype") {
+            "dtype"
+        } else {
+            "torch_dtype"
+        };
+        config.insert(key.into(), "bfloat16".into());
+    }
     write_json(&config, to)
 }
 

@@ -12,8 +12,32 @@ use crate::hub::{self, Hub, ModelFiles, Progress};
 use crate::model::is_gguf;
 use crate::recipe::ModelId;
 
-/// The directory of a model; a hub model's weights are fetched by [`fetch_weights`] alone.
-pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Result<ModelFiles> {
+/// The directory of a model; a hub model's weights are fetched by [`fetch_weights`] alone, but a GGUF `file`, which holds its
+/// configuration, at once.
+pub fn find_model(
+    id: &ModelId,
+    revision: &str,
+    file: Option<&str>,
+    progress: &dyn Progress,
+) -> Result<ModelFiles> {
+    match (id, file) {
+        (ModelId::Directory(dir), Some(file)) => return open_gguf(&dir.join(file)),
+        (ModelId::Hub(id), Some(file)) => {
+            let fetched = Hub::from_env()?.model_file(id, revision, file, progress)?;
+            let mut model = open_gguf(&fetched.path)?;
+            model.id.clone_from(id);
+            model.revision = revision.to_string();
+            model.commit = Some(fetched.commit);
+            return Ok(model);
+        }
+        (ModelId::Embedded(name), Some(file)) => {
+            return Err(Error::new(Kind::Hub, "an embedded model has no files")
+                .value(file)
+                .at(format!("embedded:{name}"))
+                .hint("remove `file` in [model], or leave `--model-file` out"));
+        }
+        (_, None) => {}
+    }
     match id {
         ModelId::Directory(file) if is_gguf(std::slice::from_ref(file)) => open_gguf(file),
         ModelId::Directory(dir) => ModelFiles::open(dir),
@@ -29,7 +53,7 @@ pub fn find_model(id: &ModelId, revision: &str, progress: &dyn Progress) -> Resu
 
 /// Fetches the weights that are not in the model's directory yet; checks them.
 pub(super) fn fetch_weights(files: &mut ModelFiles, progress: &dyn Progress) -> Result<()> {
-    if files.commit.is_some() {
+    if files.commit.is_some() && !is_gguf(&files.weights) {
         return Hub::from_env()?.model_weights(files, progress);
     }
     files.require_weights().map(drop)

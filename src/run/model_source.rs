@@ -19,6 +19,8 @@ pub struct ModelSelection<'a> {
     pub model: Option<&'a str>,
     /// Branch, tag or commit of a hub model.
     pub revision: Option<&'a str>,
+    /// A GGUF file of the model's repository or directory.
+    pub file: Option<&'a str>,
     /// A PEFT adapter's directory.
     pub adapter: Option<&'a Path>,
 }
@@ -30,6 +32,8 @@ pub struct ModelSource {
     pub id: ModelId,
     /// Branch, tag or commit of a hub model.
     pub revision: String,
+    /// A GGUF file of the model's repository or directory.
+    pub file: Option<String>,
     /// A PEFT adapter's directory.
     pub adapter: Option<PathBuf>,
     /// The recipe of the run that was given.
@@ -64,6 +68,27 @@ impl ModelSelection<'_> {
         self.of_run(&RunDirectory::open(path)?)
     }
 
+    /// The same for one text: a run or adapter directory, else a model.
+    ///
+    /// # Errors
+    /// As [`ModelSelection::resolve`].
+    pub fn named(text: &str) -> Result<ModelSource> {
+        let path = Path::new(text);
+        let is_adapter = path.join(CONFIG_FILE).is_file();
+        let is_run = path.is_dir() && RunDirectory::open(path).is_ok();
+        let selection = match is_adapter || is_run {
+            true => ModelSelection {
+                run: Some(path),
+                ..ModelSelection::default()
+            },
+            false => ModelSelection {
+                model: Some(text),
+                ..ModelSelection::default()
+            },
+        };
+        selection.resolve()
+    }
+
     fn of_run(&self, directory: &RunDirectory) -> Result<ModelSource> {
         let recipe = recipe::load(&directory.recipe(), &[])?;
         let whole_model = matches!(recipe.adapter, Adapter::None);
@@ -83,6 +108,9 @@ impl ModelSelection<'_> {
             let base = given.unwrap_or_else(|| recipe.model.id.clone());
             self.source(base, Some(&recipe.model.revision), Some(&result))
         };
+        if self.model.is_none() && source.file.is_none() {
+            source.file.clone_from(&recipe.model.file);
+        }
         source.recipe = Some(recipe);
         Ok(source)
     }
@@ -123,6 +151,7 @@ impl ModelSelection<'_> {
         ModelSource {
             id,
             revision: self.revision.or(revision).unwrap_or("main").to_string(),
+            file: self.file.map(str::to_string),
             adapter: adapter.map(Path::to_path_buf),
             recipe: None,
         }

@@ -305,7 +305,12 @@ impl PreparedModel {
         progress: &dyn Progress,
     ) -> Result<Self> {
         let of_model = |error: Error| error.key("model.id");
-        let files = find_model(&recipe.model.id, &recipe.model.revision, progress);
+        let files = find_model(
+            &recipe.model.id,
+            &recipe.model.revision,
+            recipe.model.file.as_deref(),
+            progress,
+        );
         let files = files.map_err(of_model)?;
         let mut failures = Failures::default();
         let architecture =

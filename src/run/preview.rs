@@ -112,7 +112,12 @@ pub struct Duplicates {
 /// A model or records that cannot be found or read.
 pub fn preview(mut recipe: Recipe, show: usize, progress: &dyn Progress) -> Result<Preview> {
     let sources = Sources::find(&recipe, progress)?;
-    let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
+    let files = find_model(
+        &recipe.model.id,
+        &recipe.model.revision,
+        recipe.model.file.as_deref(),
+        progress,
+    )?;
     let mut architecture = architecture_of(&files, Init::Random, Quantization::None, &Device::Cpu)?;
     resolve_task(
         &mut recipe,

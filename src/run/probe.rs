@@ -114,7 +114,12 @@ impl ModelParts {
     fn new(recipe: &mut Recipe, device: &Device, progress: &dyn Progress) -> Result<Self> {
         check_precision(device, recipe.model.dtype)?;
         refuse_adapter_on_random_weights(recipe)?;
-        let files = find_model(&recipe.model.id, &recipe.model.revision, progress)?;
+        let files = find_model(
+            &recipe.model.id,
+            &recipe.model.revision,
+            recipe.model.file.as_deref(),
+            progress,
+        )?;
         let mut architecture =
             architecture_of(&files, recipe.model.init, recipe.model.quantization, device)?;
         refuse_dropout(&architecture)?;

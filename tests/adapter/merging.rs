@@ -9,7 +9,9 @@ use safetensors::tensor::TensorView;
 use serde_json::Value;
 use wattune::adapter::peft::StoredValues;
 use wattune::adapter::targets::{ModuleKind, Site};
-use wattune::adapter::{Adaptation, LoadedAdapter, MergeJob, ModelLayout, Part, PeftConfig, merge};
+use wattune::adapter::{
+    Adaptation, LoadedAdapter, MergeJob, MergeWeights, ModelLayout, Part, PeftConfig, merge,
+};
 use wattune::error::{Error, Kind};
 use wattune::units::Bytes;
 
@@ -160,7 +162,7 @@ fn merging_equals_pefts_merge_and_unload() {
         }]);
         let out = dir.path().join("merged");
         let job = MergeJob {
-            weights: &[model],
+            weights: MergeWeights::Files(&[model]),
             stored_names: &BTreeMap::new(),
             layout: &ModelLayout::default(),
             adapter: &adapter,
@@ -277,7 +279,7 @@ fn a_sharded_model_merges_to_values_by_hand() {
         let stored_names = BTreeMap::from([(name, stored)]);
         // 20 + 24 bytes fit into 44; the next 24 + 16 make a second file.
         let job = MergeJob {
-            weights: &weights,
+            weights: MergeWeights::Files(&weights),
             stored_names: &stored_names,
             layout: &ModelLayout::default(),
             adapter: &adapter,
@@ -338,7 +340,7 @@ fn a_refused_merge_leaves_nothing_behind() {
     let attempt = |pairs: &[Pair], out: &Path| {
         let (adapter, adaptation) = adapter(pairs);
         let job = MergeJob {
-            weights: &weights,
+            weights: MergeWeights::Files(&weights),
             stored_names: &BTreeMap::new(),
             layout: &ModelLayout::default(),
             adapter: &adapter,

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use serde_json::Value;
-use wattune::adapter::{self, Adaptation, LoadedAdapter, MergeJob};
+use wattune::adapter::{self, Adaptation, LoadedAdapter, MergeJob, MergeWeights};
 use wattune::model::{
     AdapterStart, Architecture, Decoder, ModelShape, Recompute, TrainableModel, WeightSource,
     Weights, initial_values,
@@ -185,7 +185,7 @@ fn a_merged_model_has_the_loss_of_the_adapted_one() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
         adapter::merge(&MergeJob {
-            weights: &[case.golden.dir.join("model.safetensors")],
+            weights: MergeWeights::Files(&[case.golden.dir.join("model.safetensors")]),
             stored_names: &BTreeMap::new(),
             layout: &case.golden.architecture.layout(),
             adapter: &case.loaded,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use safetensors::SafeTensors;
-use wattune::adapter::{self, MergeJob};
+use wattune::adapter::{self, MergeJob, MergeWeights};
 use wattune::model::{Architecture, Decoder, WeightSource, Weights};
 use wattune::ops::Weight;
 use wattune::units::Bytes;
@@ -69,7 +69,7 @@ fn merge(golden: &Golden, dir: &Path) -> PathBuf {
     let adaptation = loaded.adaptation(&layout).unwrap();
     let out = dir.join("merged");
     let summary = adapter::merge(&MergeJob {
-        weights: std::slice::from_ref(&model),
+        weights: MergeWeights::Files(std::slice::from_ref(&model)),
         stored_names: &weights.stored_names(),
         layout: &layout,
         adapter: &loaded,

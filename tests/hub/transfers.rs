@@ -245,3 +245,44 @@ fn a_file_too_large_for_its_kind_or_the_disk_is_refused_before_its_first_byte() 
             .all(|name| !name.contains("incomplete"))
     );
 }
+
+/// A repository of GGUF files alone has no configuration: one of its files is fetched by its name.
+#[test]
+fn one_file_is_fetched_by_its_name() {
+    let fixture = fixture();
+    let bytes = bytes(3000);
+    let files = [
+        ("README.md", ""),
+        ("small-Q4_0.gguf", ""),
+        ("large-Q8_0.gguf", ""),
+    ];
+    fixture.hub.repository("models", &files);
+    fixture
+        .hub
+        .large("small-Q4_0.gguf", &bytes, &fixture.store, &[ok(&bytes)]);
+    let fetched = fixture
+        .client()
+        .model_file(ID, "main", "small-Q4_0.gguf", &Silent)
+        .unwrap();
+    assert_eq!(fetched.commit, COMMIT);
+    assert!(fs::read(&fetched.path).unwrap() == bytes);
+    assert_eq!(fetched.path.extension().unwrap(), "gguf");
+    // In the cache now; another is not, and the listing says which there are.
+    let again = fixture
+        .offline()
+        .model_file(ID, "main", "small-Q4_0.gguf", &Silent)
+        .unwrap();
+    assert_eq!(again, fetched);
+    let error = fixture
+        .client()
+        .model_file(ID, "main", "small.gguf", &Silent)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("small-Q4_0.gguf, large-Q8_0.gguf")
+            || error.contains("large-Q8_0.gguf, small-Q4_0.gguf"),
+        "{error}"
+    );
+    let error = fixture.refused().to_string();
+    assert!(error.contains("--model-file"), "{error}");
+}

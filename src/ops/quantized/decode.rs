@@ -73,7 +73,7 @@ pub(super) trait Block {
 macro_rules! with_block {
     ($format:expr, $block:ident => $body:expr, $other:expr) => {
         with_block!(@ $format, $block => $body, $other;
-            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4 NF4 FP4)
+            Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K MXFP4 NF4 FP4 FP8 INT4)
     };
     (@ $format:expr, $block:ident => $body:expr, $other:expr; $($name:ident)*) => {
         match $format {
@@ -153,6 +153,15 @@ pub(super) fn f16_at(bytes: &[u8], at: usize) -> f32 {
         0
     };
     f32::from_bits(magnitude.to_bits() | exponent_of_infinity | (bits & 0x8000) << 16)
+}
+
+/// A float with 4 bits of exponent and 3 of mantissa: its bits as those of an f32 whose exponent is too small by the difference of the
+/// two biases.
+#[inline(always)]
+fn e4m3(code: u8) -> f32 {
+    const TWO_TO_THE_120: f32 = f32::from_bits(0x7b80_0000);
+    let magnitude = f32::from_bits(u32::from(code & 0x7f) << 20) * TWO_TO_THE_120;
+    f32::from_bits(magnitude.to_bits() | u32::from(code & 0x80) << 24)
 }
 
 /// Two 4-bit codes a byte, the first half of 32 in the low bits.
@@ -343,5 +352,21 @@ blocks! {
         let maximum = f32_at(block, 0);
         let codes = &block[4 + PART / 2 * part..];
         pairs_of_nibbles(codes, |q| FP4_LEVELS[usize::from(q & 15)] * maximum, out);
+    };
+    /// Scale times e4m3: the scale in f32, 128 bytes.
+    FP8(128, 132) = |block, part, out| {
+        let scale = f32_at(block, 0);
+        for i in 0..PART {
+            out[i] = e4m3(block[4 + PART * part + i]) * scale;
+        }
+    };
+    /// Scale times (q - 8): the scale in f32, 64 bytes of codes, two neighbours a byte, the first in the low bits.
+    INT4(128, 68) = |block, part, out| {
+        let scale = f32_at(block, 0);
+        for i in 0..PART / 2 {
+            let codes = block[4 + PART / 2 * part + i];
+            out[2 * i] = f32::from((codes & 15) as i8 - 8) * scale;
+            out[2 * i + 1] = f32::from((codes >> 4) as i8 - 8) * scale;
+        }
     };
 }

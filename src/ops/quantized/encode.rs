@@ -44,7 +44,7 @@ impl StoredFormat {
                 .par_chunks(columns.max(1))
                 .flat_map_iter(int8)
                 .collect(),
-            Self::Q2_K | Self::Q3_K | Self::MXFP4 | Self::FP4 => {
+            Self::Q2_K | Self::Q3_K | Self::MXFP4 | Self::FP4 | Self::FP8 | Self::INT4 => {
                 let what = format!("weights are not quantised to {}", self.name());
                 return Err(Error::new(Kind::Model, what));
             }

@@ -39,13 +39,17 @@ pub enum StoredFormat {
     NF4,
     /// 4-bit floats of bitsandbytes, and the absolute maximum in f32 for 64 values.
     FP4,
+    /// 8-bit floats (e4m3), and a scale in f32 for 128 values of a row.
+    FP8,
+    /// 4-bit integers, and a scale in f32 for 128 values of a row.
+    INT4,
     /// 8 bits, and the absolute maximum of a row in f32 (LLM.int8, Dettmers et al. 2022, of weights alone).
     INT8,
 }
 
 impl StoredFormat {
     /// All formats.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -62,6 +66,8 @@ impl StoredFormat {
         Self::MXFP4,
         Self::NF4,
         Self::FP4,
+        Self::FP8,
+        Self::INT4,
         Self::INT8,
     ];
 
@@ -84,6 +90,8 @@ impl StoredFormat {
             Self::MXFP4 => ("MXFP4", Some(39), 32, 17),
             Self::NF4 => ("NF4", None, 64, 36),
             Self::FP4 => ("FP4", None, 64, 36),
+            Self::FP8 => ("FP8", None, 128, 132),
+            Self::INT4 => ("INT4", None, 128, 68),
             Self::INT8 => ("INT8", None, 1, 1),
         }
     }
@@ -153,7 +161,7 @@ impl StoredFormat {
             Self::F32 => 0,
             Self::F16 | Self::BF16 => 1,
             Self::Q8_0 | Self::INT8 => 2,
-            Self::Q4_0 | Self::NF4 | Self::FP4 | Self::MXFP4 => 4,
+            Self::FP8 | Self::INT4 | Self::Q4_0 | Self::NF4 | Self::FP4 | Self::MXFP4 => 4,
             _ => 6,
         }
     }
