@@ -40,12 +40,14 @@ neighbouring channels rotate, a factor of the logits, biases) · cohere2 (the sa
 (gate and up in one layer, half of a head rotates, biases on q, k, v) · glm4 (the same, norms before and after) · exaone4 (norms on
 results, q/k norm on each head, windows, full attention without rotation) · ernie4_5 (neighbouring channels rotate, tied, biases) ·
 seed_oss (biases) · helium (neighbouring channels rotate, biases but on o) · qwen3_moe (experts whose weights sum to one, and a
-block without) · olmoe (experts, q/k norm over the rows) · mixtral (experts) ·
+block without) · olmoe (experts, q/k norm over the rows) · mixtral (experts) · hunyuan (q/k norm on each head behind the rotation,
+whose base alpha scales) · phi (parallel branches of one LayerNorm, half of a head rotates, biases, one on the logits too) ·
 gemma3_vision (gemma3 in the composite class, beside a vision tower) · ministral3 (yarn, a factor of queries by position,
 tied, in the composite class)
   as full, with 3 layers; golden.json also holds greedy: ten ids that the adapted model continues segment 0 with.
 
-classifiers (sequence classification, three classes): bert (positions, token types, norms behind the residual addition, biases, a
+classifiers (sequence classification, three classes; bert_regression one value, llama_labels three labels a text, bert_weighted weights of the
+classes in the loss): bert (positions, token types, norms behind the residual addition, biases, a
 pooler) · roberta (positions from the padding id on) · electra (another activation) · distilbert (no token types, other names) ·
 llama_score, qwen2_score, qwen3_score (the decoders, the last token's classes) · bert_tokens, qwen2_tokens (classes of the tokens
 that loss_mask marks: labels are theirs in order, logits.I f32 [marked tokens, classes])
@@ -77,8 +79,8 @@ from safetensors.torch import save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, BertConfig, Cohere2Config, CohereConfig, DistilBertConfig, ElectraConfig,
                           Ernie4_5Config, Exaone4Config, GPT2Config, GPTNeoXConfig, Gemma2Config, Gemma3Config, Gemma3TextConfig,
-                          GemmaConfig, Glm4Config, GlmConfig, GraniteConfig, HeliumConfig, LlamaConfig, Mistral3Config, MistralConfig,
-                          MixtralConfig, Olmo2Config, Olmo3Config, OlmoeConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
+                          GemmaConfig, Glm4Config, GlmConfig, GraniteConfig, HeliumConfig, HunYuanDenseV1Config, LlamaConfig, Mistral3Config, MistralConfig,
+                          MixtralConfig, Olmo2Config, Olmo3Config, OlmoeConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig,
                           RobertaConfig, SeedOssConfig, SmolLM3Config, StableLmConfig, Starcoder2Config)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -190,6 +192,10 @@ LATER = {
                                         norm_topk_prob=True, mlp_only_layers=[1]),
     "olmoe": lambda: OlmoeConfig(**{**FAMILY, "intermediate_size": 8, "num_hidden_layers": 2}, **EXPERTS, num_experts=5, pad_token_id=0),
     "mixtral": lambda: MixtralConfig(**{**FAMILY, "intermediate_size": 8, "num_hidden_layers": 2}, **EXPERTS, num_local_experts=5),
+    "hunyuan": lambda: HunYuanDenseV1Config(**FAMILY, head_dim=12, attention_bias=True, pad_token_id=0, eod_token_id=2, rope_parameters=rope(
+        "dynamic", 1e4, alpha=50.0, factor=1.0)),
+    "phi": lambda: PhiConfig(**LAYER_NORM, num_key_value_heads=2, layer_norm_eps=1e-5, resid_pdrop=0.0, embd_pdrop=0.0,
+                             attention_dropout=0.0, rope_parameters=rope("default", partial_rotary_factor=0.5)),
 }
 FAMILIES |= LATER
 ENCODER = dict(vocab_size=48, max_position_embeddings=24, pad_token_id=0, num_labels=3)
@@ -205,14 +211,23 @@ CLASSIFIERS = {
     "qwen2_score": lambda: Qwen2Config(**FAMILY, pad_token_id=0, num_labels=3, rope_parameters=rope("default")),
     "qwen3_score": lambda: Qwen3Config(**FAMILY, pad_token_id=0, head_dim=12, num_labels=3, rope_parameters=rope("default")),
     "bert_tokens": lambda: BertConfig(**BERT_LIKE),
+    "bert_regression": lambda: BertConfig(**{**BERT_LIKE, "num_labels": 1}),
+    "llama_labels": lambda: LlamaConfig(**FAMILY, pad_token_id=0, num_labels=3, problem_type="multi_label_classification",
+                                        rope_parameters=rope("default")),
+    "bert_weighted": lambda: BertConfig(**BERT_LIKE),
     "qwen2_tokens": lambda: Qwen2Config(**FAMILY, pad_token_id=0, num_labels=3, rope_parameters=rope("default")),
 }
+# Later additions, whose seeds follow those of the others.
+ADDED_HEADS = ["bert_regression", "llama_labels", "bert_weighted"]
 # Where PEFT's all-linear names layers of the head that modules_to_save copies.
 HEADLESS_TARGETS = {name: ".*encoder.*(query|key|value|dense)" for name in ("roberta", "electra")}
 HEADLESS_TARGETS |= {name: ".*layers.*_proj" for name in CLASSIFIERS if name.startswith(("llama", "qwen"))}
 HEADLESS_TARGETS["bert_tokens"] = HEADLESS_TARGETS["roberta"]
 HEADLESS_TARGETS["distilbert"] = ".*(q_lin|k_lin|v_lin|out_lin|lin1|lin2)"
 LABELS = [2, 0]
+# Of each segment, by model: a value, or whether it has each label; and the weights of the classes in the loss.
+VALUES = {"bert_regression": [[0.7], [-1.3]], "llama_labels": [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]}
+CLASS_WEIGHTS = {"bert_weighted": [0.5, 2.0, 3.0]}
 # Of the tokens that a mask marks.
 TOKEN_LABELS = [2, 0, 1, 1, 0, 2, 1, 2, 0, 2, 1, 0, 1]
 # Per segment: 0 = context, 1 = predicted.
@@ -353,12 +368,23 @@ def run(model, sequences, masks, padded=False):
         logits = [l[m.bool()] for l, m in zip(logits, masks)]
         return logits, torch.nn.functional.cross_entropy(torch.cat(logits), torch.tensor(TOKEN_LABELS))
     if logits[0].dim() == 1:
-        return logits, torch.nn.functional.cross_entropy(torch.stack(list(logits)), torch.tensor(LABELS))
+        return logits, class_loss(Path(model.config._name_or_path).name, torch.stack(list(logits)))
     total = sum(
         torch.nn.functional.cross_entropy(l[:-1], s[1:], reduction="none")[m[1:].bool()].sum()
         for l, s, m in zip(logits, sequences, masks)
     )
     return logits, total / sum(int(m.sum()) for m in masks)
+
+
+def class_loss(name, logits):
+    """As transformers' classes compute it (loss_utils.ForSequenceClassificationLoss); class weights are torch's."""
+    if name not in VALUES:
+        weights = torch.tensor(CLASS_WEIGHTS[name]) if name in CLASS_WEIGHTS else None
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(LABELS), weight=weights)
+    values = torch.tensor(VALUES[name])
+    if values.shape[1] == 1:
+        return torch.nn.functional.mse_loss(logits, values)
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, values)
 
 
 def measure(model, sequences, masks, padded=False):
@@ -454,6 +480,9 @@ def golden_full(name, seed):
                "steps": steps, "loss_after": after, "noise": noise}
     if name in CLASSIFIERS:
         record["labels"] = TOKEN_LABELS if name.endswith("_tokens") else LABELS
+        for key, by_model in (("values", VALUES), ("class_weights", CLASS_WEIGHTS)):
+            if name in by_model:
+                record[key] = by_model[name]
     if name in FAMILIES:
         record["greedy"] = greedy(load(name, adapter=True), sequences[0])
     write(name, tensors, record, sequences)
@@ -492,7 +521,8 @@ def main():
     known = [name for name in [*FULL, *LOGITS_ONLY, *FAMILIES] if name not in [*later, *LATER]]
     # The place in a list: naming one model does not change it.
     seeds = {name: 100 * i for i, name in enumerate(known)} | {name: 8000 + 100 * i for i, name in enumerate([*later, *LATER])}
-    seeds |= {name: 10000 + 100 * i for i, name in enumerate(CLASSIFIERS)}
+    seeds |= {name: 10000 + 100 * i for i, name in enumerate(CLASSIFIERS) if name not in ADDED_HEADS}
+    seeds |= {name: 11000 + 100 * i for i, name in enumerate(ADDED_HEADS)}
     seeds["qwen2_tokens"] = 20000  # ten steps from the other seeds amplify rounding beyond 1e-4
     unknown = set(sys.argv[1:]) - set(seeds)
     if unknown:

@@ -195,7 +195,7 @@ fn options(format: Format, max_length: usize) -> Options {
         txt_unit: TxtUnit::Paragraph,
         prompt_template: None,
         labels: Vec::new(),
-        classifies_words: false,
+        label_kind: Default::default(),
     }
 }
 

@@ -28,6 +28,9 @@ use super::targets::{ModuleKind, Site};
 /// transformers' size of a weights file (`save_pretrained`'s default `max_shard_size`).
 pub const DEFAULT_MAX_SHARD: Bytes = Bytes(50_000_000_000);
 
+/// The file of a tensor that no file has.
+const NO_FILE: usize = usize::MAX;
+
 /// Inputs and output of a merge.
 #[derive(Clone, Copy)]
 pub struct MergeJob<'a> {
@@ -41,6 +44,9 @@ pub struct MergeJob<'a> {
     pub adapter: &'a LoadedAdapter,
     /// The tensors that the adapter changes: [`LoadedAdapter::adaptation`].
     pub adaptation: &'a Adaptation,
+    /// Of a classifier: whether a tensor of the files belongs to another head. Those are left out, the
+    /// head's own are added where the files lack them, and all others have the model's names.
+    pub other_head: Option<&'a dyn Fn(&str) -> bool>,
     /// Writes the model's other files into the new directory: configuration, tokenizer, chat template, licence.
     pub other_files: &'a dyn Fn(&Path) -> Result<()>,
     /// The directory to create.
@@ -81,6 +87,8 @@ impl MergeWeights<'_> {
     ) -> Result<()> {
         let failed = |source| Error::io("write", path, source);
         let mut bytes = match (self, change) {
+            // Added for the values that replace it.
+            _ if tensor.file == NO_FILE => vec![0; tensor.size as usize],
             (Self::Files(paths), None) => {
                 let mut values = open_at(&paths[tensor.file], tensor)?;
                 return std::io::copy(&mut values, writer).map(drop).map_err(failed);
@@ -146,7 +154,13 @@ pub fn merge(job: &MergeJob) -> Result<MergeSummary> {
     if job.adaptation.unties {
         add_tied_tensor(&mut tensors, job);
     }
+    if let Some(is_other) = job.other_head {
+        replace_head(&mut tensors, job, is_other);
+    }
     let changes = changes(&tensors, job)?;
+    if job.other_head.is_some() {
+        rename(&mut tensors, job);
+    }
     let shards = plan_shards(&tensors, job.max_shard);
     if job.out.file_name().is_none() {
         let error = Error::new(
@@ -197,6 +211,46 @@ fn add_tied_tensor(tensors: &mut Vec<TensorEntry>, job: &MergeJob<'_>) {
         _ => return,
     };
     tensors.push(added);
+}
+
+/// Leaves out the tensors of another head, and lists those trained in full that the files lack.
+fn replace_head(
+    tensors: &mut Vec<TensorEntry>,
+    job: &MergeJob<'_>,
+    is_other: &dyn Fn(&str) -> bool,
+) {
+    let read = |name: &String| job.stored_names.values().any(|stored| stored == name);
+    tensors.retain(|tensor| read(&tensor.name) || !is_other(&tensor.name));
+    let floats = [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16];
+    let mut dtypes = tensors.iter().map(|tensor| tensor.dtype);
+    let dtype = dtypes
+        .find(|dtype| floats.contains(dtype))
+        .unwrap_or(Dtype::F32);
+    for copy in &job.adaptation.copies {
+        if find(tensors, job, &copy.tensor).is_none() {
+            let elements = copy.shape.iter().product::<usize>() as u64;
+            tensors.push(TensorEntry {
+                name: copy.tensor.clone(),
+                dtype,
+                format: None,
+                scales: Vec::new(),
+                shape: copy.shape.clone(),
+                file: NO_FILE,
+                start: 0,
+                size: elements * (dtype.bitsize() / 8) as u64,
+            });
+        }
+    }
+}
+
+/// Gives the tensors that the model reads its names.
+fn rename(tensors: &mut [TensorEntry], job: &MergeJob<'_>) {
+    for (name, stored) in job.stored_names {
+        let mut tensors = tensors.iter_mut();
+        if let Some(tensor) = tensors.find(|tensor| tensor.name == *stored) {
+            tensor.name.clone_from(name);
+        }
+    }
 }
 
 /// The index of a model's tensor in its files.

@@ -155,35 +155,20 @@ pub(super) fn divergence_text(found: &Divergence) -> String {
 
 /// Figures, and the confusion matrix with a row for each true class.
 fn classification_text(result: &Evaluation, classification: &Classification) -> String {
-    let metrics = classification.metrics;
-    let mut lines = vec![
-        format!(
-            "accuracy {:.4}, F1 macro {:.4}, F1 micro {:.4}, Matthews correlation {:.4}, loss {:.4} nats over {} records",
-            metrics.accuracy,
-            metrics.f1_macro,
-            metrics.f1_micro,
-            metrics.matthews_correlation,
-            result.loss,
-            result.examples
-        ),
-        format!(
-            "true class: records predicted as {}",
-            classification.labels.join(", ")
-        ),
-    ];
-    if let (Some(f1), Some(precision), Some(recall)) = (
-        metrics.entity_f1,
-        metrics.entity_precision,
-        metrics.entity_recall,
-    ) {
-        let text = format!("entities: F1 {f1:.4}, precision {precision:.4}, recall {recall:.4}");
-        lines.insert(1, text);
+    let figures = classification.metrics.named().into_iter();
+    let figures = figures.map(|(name, figure)| format!("{name} {figure:.4}, "));
+    let matrix = &classification.confusion_matrix;
+    let mut lines = vec![format!(
+        "{}loss {:.4} over {} records",
+        figures.collect::<String>(),
+        result.loss,
+        result.examples
+    )];
+    if !matrix.is_empty() {
+        let labels = classification.labels.join(", ");
+        lines.push(format!("true class: records predicted as {labels}"));
     }
-    for (label, row) in classification
-        .labels
-        .iter()
-        .zip(&classification.confusion_matrix)
-    {
+    for (label, row) in classification.labels.iter().zip(matrix) {
         let counts: Vec<String> = row.iter().map(u64::to_string).collect();
         lines.push(format!("{label}: {}", counts.join(", ")));
     }
@@ -231,8 +216,8 @@ pub(super) fn default_options(recipe: Option<&Recipe>) -> DataOptions {
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
             labels: Vec::new(),
-            classifies_words: false,
+            label_kind: Default::default(),
         },
-        |recipe| run::data_options(&recipe.data, recipe.model.task),
+        run::data_options,
     )
 }

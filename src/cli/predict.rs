@@ -6,7 +6,7 @@ use super::eval;
 use super::screen::Terminal;
 use super::{Common, out, out_json};
 use crate::error::Result;
-use crate::run::{self, Prediction, RecordPrediction};
+use crate::run::{self, RecordPrediction};
 
 pub(super) fn run(arguments: &eval::Arguments, common: Common) -> Result<ExitCode> {
     let source = arguments.source()?;
@@ -18,17 +18,34 @@ pub(super) fn run(arguments: &eval::Arguments, common: Common) -> Result<ExitCod
     if common.json {
         return out_json(&result);
     }
-    let mut lines = vec![format!("label\t{}", result.labels.join("\t"))];
-    lines.extend(result.predictions.iter().map(|record| match record {
-        RecordPrediction::Text(prediction) => line(prediction),
-        // A line for each word, and an empty one after the record.
-        RecordPrediction::Words(words) => words.iter().map(|word| line(word) + "\n").collect(),
+    let is_number = matches!(
+        result.predictions.first(),
+        Some(RecordPrediction::Value { .. })
+    );
+    let mut lines = vec![if is_number {
+        "value".to_string()
+    } else {
+        format!("label\t{}", result.labels.join("\t"))
+    }];
+    lines.extend(result.predictions.iter().map(|record| {
+        match record {
+            RecordPrediction::Text(prediction) => {
+                line(&prediction.label, &prediction.probabilities)
+            }
+            RecordPrediction::Labels(found) => line(&found.labels.join(", "), &found.probabilities),
+            RecordPrediction::Value { value } => value.to_string(),
+            // A line for each word, and an empty one after the record.
+            RecordPrediction::Words(words) => words
+                .iter()
+                .map(|word| line(&word.label, &word.probabilities) + "\n")
+                .collect(),
+        }
     }));
     out(&lines.join("\n"))
 }
 
-fn line(prediction: &Prediction) -> String {
-    let probabilities = prediction.probabilities.iter();
+fn line(label: &str, probabilities: &[f64]) -> String {
+    let probabilities = probabilities.iter();
     let probabilities: Vec<String> = probabilities.map(|p| format!("{p:.6}")).collect();
-    format!("{}\t{}", prediction.label, probabilities.join("\t"))
+    format!("{label}\t{}", probabilities.join("\t"))
 }

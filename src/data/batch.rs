@@ -3,15 +3,17 @@
 use std::ops::Range;
 
 /// One encoded record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Example {
     /// Token ids.
     pub tokens: Vec<u32>,
     /// Whether each token is a loss token: predicted from those before it, which the first never is,
     /// or classified.
     pub loss: Vec<bool>,
-    /// Class of each loss token, if they are classified; else empty.
+    /// Class of each loss token, if they are classified; 0 with `values`; else empty.
     pub labels: Vec<u32>,
+    /// The target of each output of the record: 0 or 1 of each label, or a number; else empty.
+    pub values: Vec<f32>,
 }
 
 impl Example {
@@ -31,7 +33,7 @@ pub struct Segment {
 }
 
 /// One forward pass: rows laid end to end without padding. Attention never crosses a segment; positions restart in each.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct MicroBatch {
     /// Token ids of all rows.
     pub tokens: Vec<u32>,
@@ -42,6 +44,8 @@ pub struct MicroBatch {
     pub loss_positions: Vec<u32>,
     /// The loss token after the position, or the position's class.
     pub targets: Vec<u32>,
+    /// The target of each output at the positions (L, K); empty where `targets` are.
+    pub values: Vec<f32>,
 }
 
 impl MicroBatch {
@@ -66,6 +70,7 @@ impl MicroBatch {
                     .loss_positions
                     .extend(losses.map(|i| (start + i) as u32));
                 batch.targets.extend_from_slice(&example.labels);
+                batch.values.extend_from_slice(&example.values);
             }
         }
         batch
@@ -118,6 +123,7 @@ mod tests {
             tokens: vec![5, 6, 7],
             loss: vec![labels.len() == 2, true, false],
             labels: labels.to_vec(),
+            values: Vec::new(),
         };
         let batch =
             |labels: &[u32]| MicroBatch::new([(3, &example(labels)), (9, &example(labels))]);

@@ -15,7 +15,7 @@ use super::dataset::{Counts, Dataset, RenderedSample};
 use crate::error::{Error, Result};
 use crate::files::{remove_old_leftovers, write_atomic_with};
 
-const MAGIC: &[u8; 16] = b"wattune tokens 2";
+const MAGIC: &[u8; 16] = b"wattune tokens 3";
 const CHECKSUM: usize = 32;
 
 #[derive(Serialize, Deserialize)]
@@ -95,6 +95,9 @@ fn write_body(out: &mut CacheWriter<impl Write>, dataset: &Dataset) -> io::Resul
         out.put(&loss)?;
         out.put(&(example.labels.len() as u64).to_le_bytes())?;
         out.put(&bytes(&example.labels))?;
+        let values: Vec<u32> = example.values.iter().map(|value| value.to_bits()).collect();
+        out.put(&(values.len() as u64).to_le_bytes())?;
+        out.put(&bytes(&values))?;
     }
     Ok(())
 }
@@ -152,10 +155,13 @@ fn parse(body: &mut CacheReader) -> Option<Dataset> {
         let loss = body.take(length)?.iter().map(|b| *b != 0).collect();
         let classes = body.take_length()?;
         let labels = body.take_ids(classes)?;
+        let outputs = body.take_length()?;
+        let values = body.take_ids(outputs)?.into_iter().map(f32::from_bits);
         examples.push(Example {
             tokens,
             loss,
             labels,
+            values: values.collect(),
         });
     }
     Some(Dataset {
@@ -177,6 +183,10 @@ mod tests {
             tokens: tokens.to_vec(),
             loss: loss.to_vec(),
             labels: loss.iter().map(|loss| 4 + u32::from(*loss)).collect(),
+            values: loss
+                .iter()
+                .map(|loss| f32::from(u8::from(*loss)) - 0.5)
+                .collect(),
         };
         let examples = vec![example(&[7, 70_000], &[false, true]), example(&[], &[])];
         Dataset {

@@ -192,6 +192,7 @@ mod tests {
                 tokens: vec![i, i],
                 loss: vec![false, true],
                 labels: Vec::new(),
+                values: Vec::new(),
             })
             .collect();
         let counts = with_token_counts(

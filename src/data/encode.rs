@@ -7,12 +7,12 @@ use std::ops::Range;
 
 use super::batch::Example;
 use super::chat::{self, Chat};
-use super::format::TypedRecord;
+use super::format::{Label, TypedRecord};
 use super::tokenizer::{Encoded, Tokenizer};
 use crate::error::{Error, Kind, Result};
 
 /// One record encoded.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct EncodedRecord {
     /// One example, several windows of a long text, or none.
     pub examples: Vec<Example>,
@@ -48,7 +48,7 @@ pub(super) fn encode(
             let example = text_example(text, tokenizer)?;
             Ok(text_windows(example, tokenizer, max_length))
         }
-        TypedRecord::Labelled { text, label } => labelled_text(text, *label, tokenizer, max_length),
+        TypedRecord::Labelled { text, label } => labelled_text(text, label, tokenizer, max_length),
         TypedRecord::LabelledWords { words, labels } => {
             labelled_words(words, labels, tokenizer, max_length)
         }
@@ -95,6 +95,7 @@ fn masked(tokens: Vec<u32>, mut loss: Vec<bool>) -> Example {
         tokens,
         loss,
         labels: Vec::new(),
+        values: Vec::new(),
     }
 }
 
@@ -130,10 +131,10 @@ fn completion_example(prompt: &str, completion: &str, tokenizer: &Tokenizer) -> 
 }
 
 /// A text between the tokenizer's special tokens, its last tokens cut off before the special ones
-/// that end it; the first token has the class.
+/// that end it; the first token has the label.
 fn labelled_text(
     text: &str,
-    label: u32,
+    label: &Label,
     tokenizer: &Tokenizer,
     max_length: usize,
 ) -> Result<EncodedRecord> {
@@ -144,10 +145,14 @@ fn labelled_text(
     let is_special = |offset: &&(usize, usize)| **offset == (0, 0);
     let ending = offsets.iter().rev().take_while(is_special).count();
     let truncated = cut_before_end(&mut tokens, ending, max_length);
+    let (class, values) = match label {
+        Label::Class(class) => (*class, Vec::new()),
+        Label::Values(values) => (0, values.clone()),
+    };
     let labels: Vec<_> = (0..tokens.len())
-        .map(|i| (i == 0).then_some(label))
+        .map(|i| (i == 0).then_some(class))
         .collect();
-    Ok(labelled_tokens(tokens, &labels, truncated))
+    Ok(labelled_tokens(tokens, &labels, values, truncated))
 }
 
 /// Words between the tokenizer's special tokens, cut off as in `labelled_text`; the first token of
@@ -180,7 +185,7 @@ fn labelled_words(
         begins.then(|| classes[word])
     };
     let labels: Vec<_> = (0..tokens.len()).map(label).collect();
-    Ok(labelled_tokens(tokens, &labels, truncated))
+    Ok(labelled_tokens(tokens, &labels, Vec::new(), truncated))
 }
 
 /// Cuts `items` to `max_length`, before the last `ending` of them; returns whether it was longer.
@@ -194,11 +199,17 @@ fn cut_before_end<T>(items: &mut Vec<T>, ending: usize, max_length: usize) -> bo
 }
 
 /// Tokens of which those with a label are loss tokens.
-fn labelled_tokens(tokens: Vec<u32>, labels: &[Option<u32>], truncated: bool) -> EncodedRecord {
+fn labelled_tokens(
+    tokens: Vec<u32>,
+    labels: &[Option<u32>],
+    values: Vec<f32>,
+    truncated: bool,
+) -> EncodedRecord {
     let example = Example {
         tokens,
         loss: labels.iter().map(Option::is_some).collect(),
         labels: labels.iter().flatten().copied().collect(),
+        values,
     };
     let dropped = example.labels.is_empty();
     EncodedRecord {

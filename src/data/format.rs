@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::alpaca;
 use super::chat::Chat;
 use super::messages;
-use super::options::{COLUMN_FIELDS, Format, Options, PromptTemplate};
+use super::options::{COLUMN_FIELDS, Format, LabelKind, Options, PromptTemplate};
 use super::read::{NeededColumns, Record};
 use crate::error::{Error, Kind, Result};
 
@@ -19,8 +19,8 @@ use crate::error::{Error, Kind, Result};
 pub(super) enum TypedRecord {
     /// Every token has a loss.
     Text(String),
-    /// The text has a class.
-    Labelled { text: String, label: u32 },
+    /// The text has a label.
+    Labelled { text: String, label: Label },
     /// Each word has a class.
     LabelledWords {
         words: Vec<String>,
@@ -30,6 +30,15 @@ pub(super) enum TypedRecord {
     Completion { prompt: String, completion: String },
     /// The assistant's turns have a loss.
     Chat(Chat),
+}
+
+/// The label of a text.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Label {
+    /// Its class.
+    Class(u32),
+    /// The target of each output.
+    Values(Vec<f32>),
 }
 
 /// Wanted field -> the file's column, which may be a dotted path into nested fields.
@@ -207,10 +216,10 @@ pub(super) fn interpret(record: &Record, format: Format, options: &Options) -> R
         Format::Completion => completion(fields, columns, template),
         Format::Alpaca => instruction(fields, columns, template),
         Format::Messages => conversation(fields, columns),
-        Format::Classification if options.classifies_words => {
-            labelled_words(record, columns, labels)
-        }
-        Format::Classification => labelled(record, columns, labels),
+        Format::Classification => match options.label_kind {
+            LabelKind::ClassesOfWords => labelled_words(record, columns, labels),
+            kind => labelled(record, columns, labels, kind),
+        },
     };
     typed.map_err(|e| e.at(record.place.to_string()))
 }
@@ -247,7 +256,12 @@ fn text(record: &Map<String, Value>, columns: Columns, wanted: &str) -> Result<S
     }
 }
 
-/// The label of a record, or the labels of its words, as text: strings, numbers as written, `true` or `false`.
+/// Whether the label of a record is a list.
+pub(super) fn has_label_list(record: &Record, columns: Columns) -> bool {
+    matches!(columns.get(&record.fields, "label"), Some(Value::Array(_)))
+}
+
+/// The label or labels of a record, or the labels of its words, as text: strings, numbers as written, `true` or `false`.
 pub(super) fn label_texts(
     record: &Record,
     columns: Columns,
@@ -256,6 +270,8 @@ pub(super) fn label_texts(
     let fields = &record.fields;
     let texts = if of_words {
         list(fields, columns, "labels")
+    } else if has_label_list(record, columns) {
+        list(fields, columns, "label")
     } else if let Some(Value::Bool(flag)) = columns.get(fields, "label") {
         Ok(vec![flag.to_string()])
     } else {
@@ -305,12 +321,51 @@ fn known_class(name: &str, labels: &[String]) -> Result<u32> {
     })
 }
 
-/// A text and its class; without `labels` the class is not read.
-fn labelled(record: &Record, columns: Columns, labels: &[String]) -> Result<TypedRecord> {
+/// The number that a text is; `None` of text that is none, and of infinity.
+pub(super) fn number(text: &str) -> Option<f32> {
+    text.trim()
+        .parse()
+        .ok()
+        .filter(|number: &f32| number.is_finite())
+}
+
+/// A text and its label; without `labels` the label is not read.
+fn labelled(
+    record: &Record,
+    columns: Columns,
+    labels: &[String],
+    kind: LabelKind,
+) -> Result<TypedRecord> {
     let text = text(&record.fields, columns, "text")?;
-    let label = match labels {
-        [] => 0,
-        labels => known_class(&label_texts(record, columns, false)?[0], labels)?,
+    if labels.is_empty() {
+        let label = Label::Class(0);
+        return Ok(TypedRecord::Labelled { text, label });
+    }
+    let names = label_texts(record, columns, false)?;
+    if kind == LabelKind::Labels {
+        let mut values = vec![0.0; labels.len()];
+        for name in &names {
+            values[known_class(name, labels)? as usize] = 1.0;
+        }
+        let label = Label::Values(values);
+        return Ok(TypedRecord::Labelled { text, label });
+    }
+    let [name] = names.as_slice() else {
+        return Err(Error::new(Kind::Data, "a record has several labels, or none")
+            .value(names.join(", "))
+            .rule("one label")
+            .hint("for several labels write `problem_type = \"multi_label_classification\"` in [model]"));
+    };
+    let label = if kind == LabelKind::Number {
+        let value = number(name).ok_or_else(|| {
+            Error::new(Kind::Data, "a record's label is not a number")
+                .value(name)
+                .rule("a finite number, the target of a regression")
+                .hint("correct the record, or set `on_bad_record = \"skip\"`")
+        })?;
+        Label::Values(vec![value])
+    } else {
+        Label::Class(known_class(name, labels)?)
     };
     Ok(TypedRecord::Labelled { text, label })
 }
@@ -470,7 +525,7 @@ mod tests {
             txt_unit: TxtUnit::Paragraph,
             prompt_template: template.cloned(),
             labels: Vec::new(),
-            classifies_words: false,
+            label_kind: LabelKind::Class,
         };
         interpret(record, format, &options)
     }

@@ -15,8 +15,10 @@ use super::batch::Example;
 use super::cache;
 use super::dataset::{Counts, Dataset, RenderedSample, TextSpan, with_token_counts};
 use super::encode::{EncodedRecord, encode};
-use super::format::{Columns, FieldsSeen, interpret, label_texts, needed_columns};
-use super::options::{Format, OnBadRecord, Options, PromptTemplate, TxtUnit};
+use super::format::{
+    Columns, FieldsSeen, has_label_list, interpret, label_texts, needed_columns, number,
+};
+use super::options::{Format, LabelKind, OnBadRecord, Options, PromptTemplate, TxtUnit};
 use super::paths;
 use super::read::{Location, NeededColumns, RawRecord, RawRecords, Record, open, read};
 use super::source::{Source, extension, open_regular};
@@ -87,8 +89,16 @@ pub fn check_file(path: &Path) -> Result<()> {
     Source::open(path).map(drop)
 }
 
-/// The distinct labels of the records that have one, in order: by value if all are whole numbers,
-/// else by name.
+/// The labels of records.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FoundLabels {
+    /// What the labels are: lists if one is a list; numbers if all are and one is no whole number.
+    pub kind: LabelKind,
+    /// The distinct ones in order: by value if all are whole numbers, else by name.
+    pub names: Vec<String>,
+}
+
+/// The labels of the records that have one.
 ///
 /// # Errors
 /// Files that cannot be found or opened.
@@ -96,24 +106,37 @@ pub fn labels(
     data: &[PathBuf],
     columns: &[(String, String)],
     of_words: bool,
-) -> Result<Vec<String>> {
+) -> Result<FoundLabels> {
     let mut labels = BTreeSet::new();
+    let mut lists = false;
     for path in paths::files(data)? {
-        let records = read(&path, TxtUnit::Paragraph)?;
         // `load` names what is wrong with a record.
-        labels.extend(
-            records
-                .flatten()
-                .filter_map(|record| label_texts(&record, Columns(columns), of_words).ok())
-                .flatten(),
-        );
+        for record in read(&path, TxtUnit::Paragraph)?.flatten() {
+            let columns = Columns(columns);
+            lists |= has_label_list(&record, columns);
+            labels.extend(
+                label_texts(&record, columns, of_words)
+                    .into_iter()
+                    .flatten(),
+            );
+        }
     }
-    let number = |label: &String| label.parse::<i64>().ok();
-    let mut labels: Vec<String> = labels.into_iter().collect();
-    if labels.iter().all(|label| number(label).is_some()) {
-        labels.sort_by_key(number);
+    let whole = |label: &String| label.parse::<i64>().ok();
+    let mut names: Vec<String> = labels.into_iter().collect();
+    let all_whole = names.iter().all(|label| whole(label).is_some());
+    if all_whole {
+        names.sort_by_key(whole);
     }
-    Ok(labels)
+    let kind = if of_words {
+        LabelKind::ClassesOfWords
+    } else if lists {
+        LabelKind::Labels
+    } else if !all_whole && names.iter().all(|label| number(label).is_some()) {
+        LabelKind::Number
+    } else {
+        LabelKind::Class
+    };
+    Ok(FoundLabels { kind, names })
 }
 
 /// A record's place with the file's index instead of its path: equal contents at another path share a cache entry.
@@ -167,10 +190,10 @@ fn fingerprint(
         txt_unit,
         prompt_template,
         labels,
-        classifies_words,
+        label_kind,
     } = options;
     let words = format!(
-        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {labels:?} {classifies_words} {}",
+        "{ENCODING_VERSION} {format:?} {columns:?} {max_length} {on_bad_record:?} {txt_unit:?} {prompt_template:?} {labels:?} {label_kind:?} {}",
         tokenizer.fingerprint()
     );
     hash.update(words);
@@ -504,7 +527,7 @@ mod tests {
             txt_unit: TxtUnit::Paragraph,
             prompt_template: None,
             labels: vec![],
-            classifies_words: false,
+            label_kind: LabelKind::Class,
         }
     }
 

@@ -54,6 +54,20 @@ pub enum OnBadRecord {
     Skip,
 }
 
+/// What the label of a record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LabelKind {
+    /// One class.
+    #[default]
+    Class,
+    /// A list of those labels that apply.
+    Labels,
+    /// A number.
+    Number,
+    /// A class of each word.
+    ClassesOfWords,
+}
+
 /// How a `.txt` file is cut into texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -125,6 +139,6 @@ pub struct Options {
     pub prompt_template: Option<PromptTemplate>,
     /// Names of the classes, by id; empty: the class of a record is not read.
     pub labels: Vec<String>,
-    /// Whether the words of a record have classes, rather than the record.
-    pub classifies_words: bool,
+    /// What the label of a record is.
+    pub label_kind: LabelKind,
 }

@@ -234,6 +234,7 @@ mod tests {
             tokens: (0..length as u32).collect(),
             loss: (0..length).map(|i| i > length / 2).collect(),
             labels: Vec::new(),
+            values: Vec::new(),
         };
         lengths.iter().map(|length| one(*length)).collect()
     }

@@ -15,7 +15,7 @@ use crate::data::{Example, MicroBatch};
 use crate::energy::Profile;
 use crate::error::{Error, Kind, Result};
 use crate::forecast::Target;
-use crate::model::{Architecture, TrainableModel};
+use crate::model::{Architecture, ProblemType, TrainableModel};
 use crate::ops::{Context, Gradients, Slot, Weight};
 use crate::random::{Purpose, stream};
 use crate::recipe::{Length, Recipe};
@@ -147,6 +147,11 @@ fn random_model(
 /// classifier the first alone.
 fn random_batches(recipe: &Recipe, architecture: &Architecture) -> Vec<MicroBatch> {
     let classifies = architecture.classifier().is_some();
+    let problem_type = architecture.problem_type();
+    let outputs = match problem_type {
+        None | Some(ProblemType::SingleLabel) => 0,
+        Some(ProblemType::MultiLabel | ProblemType::Regression) => architecture.labels().len(),
+    };
     let vocab_size = architecture.vocab_size;
     let mut random = stream(recipe.seed, Purpose::Probe, &[], "tokens");
     let mut example = || {
@@ -156,10 +161,12 @@ fn random_batches(recipe: &Recipe, architecture: &Architecture) -> Vec<MicroBatc
             .map(|index| (index == 0) == classifies)
             .collect();
         let labels = if classifies { vec![0] } else { Vec::new() };
+        let values = vec![0.0; outputs];
         Example {
             tokens,
             loss,
             labels,
+            values,
         }
     };
     let mut batch = || {

@@ -4,8 +4,9 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
+use super::architecture::Architecture;
 use crate::error::{Error, Kind, Result};
-use crate::ops::Segments;
+use crate::ops::{OutputTargets, Segments};
 
 /// Minimum average number of tokens of a shard.
 const MIN_SHARD_TOKENS: usize = 256;
@@ -24,6 +25,8 @@ pub struct Batch {
     pub(super) loss_positions: Tensor,
     /// Token ids to predict, or classes (L).
     pub(super) targets: Vec<u32>,
+    /// Of several labels or a regression: the target of each output (L, K).
+    values: Vec<f32>,
 }
 
 impl Batch {
@@ -46,12 +49,33 @@ impl Batch {
             examples,
             loss_positions,
             targets,
+            values: Vec::new(),
         })
+    }
+
+    /// The batch with a target for each output (L, K).
+    pub fn with_values(mut self, values: Vec<f32>) -> Self {
+        self.values = values;
+        self
+    }
+
+    /// The targets of outputs, of classes with these weights.
+    pub(super) fn output_targets<'a>(&'a self, class_weights: &'a [f32]) -> OutputTargets<'a> {
+        OutputTargets {
+            classes: &self.targets,
+            class_weights,
+            values: &self.values,
+        }
     }
 
     /// Number of targets.
     pub fn loss_tokens(&self) -> usize {
         self.targets.len()
+    }
+
+    /// The sum of the weights of the targets in the training loss of a model.
+    pub fn loss_weight(&self, architecture: &Architecture) -> f64 {
+        architecture.loss_weight(&self.targets)
     }
 
     /// Tokens of each segment.
@@ -122,14 +146,17 @@ impl Batch {
                 .map(|position| position - tokens.start as u32)
                 .collect();
             let lengths: Vec<usize> = ranges[shard.clone()].iter().map(Range::len).collect();
-            Self::new(
+            let outputs = self.values.len() / self.targets.len().max(1);
+            let values = &self.values[losses.start * outputs..losses.end * outputs];
+            let batch = Self::new(
                 &ids[tokens],
                 &lengths,
                 self.examples[shard].to_vec(),
                 &shard_positions,
                 self.targets[losses].to_vec(),
                 self.ids.device(),
-            )
+            )?;
+            Ok(batch.with_values(values.to_vec()))
         };
         shard_ranges(ranges).into_iter().map(shard).collect()
     }

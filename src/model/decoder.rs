@@ -17,8 +17,8 @@ use super::kv_cache::KvCache;
 use super::recompute::Recompute;
 use crate::error::{Error, Kind, Result};
 use crate::ops::{
-    Context, Gradients, LmHead, Norm, NormSaved, Rope, RopeTables, Segments, TokenRows,
-    cross_entropy, gather_cost, gather_rows, par_map, scatter_cost, scatter_rows,
+    Context, Gradients, LmHead, Norm, NormSaved, OutputLoss, Rope, RopeTables, Segments, TokenRows,
+    gather_cost, gather_rows, par_map, scatter_cost, scatter_rows,
 };
 use crate::work::{Work, WorkCounter};
 
@@ -41,10 +41,11 @@ pub struct Decoder {
 /// The losses of a batch.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct BatchLosses {
-    /// Of each target, in nats.
+    /// Of each target: in nats, or the squared error of a regression.
     pub losses: Vec<f32>,
-    /// Logits of a classifier, a row for each target (L, K); empty of a model that predicts tokens.
-    pub class_logits: Vec<f32>,
+    /// Outputs of a classifier or regression, a row for each target (L, K); empty of a model that
+    /// predicts tokens.
+    pub outputs: Vec<f32>,
 }
 
 /// Options of a forward and backward pass.
@@ -250,7 +251,7 @@ impl Decoder {
         Ok(self.evaluate(context, batch)?.losses)
     }
 
-    /// The losses of a batch and a classifier's logits; saves nothing for a backward pass.
+    /// The losses of a batch, without class weights, and a classifier's outputs; saves nothing for a backward pass.
     pub fn evaluate(&self, context: Context<'_>, batch: &Batch) -> Result<BatchLosses> {
         self.check(batch)?;
         let shards = self.shards(context, batch)?;
@@ -267,9 +268,15 @@ impl Decoder {
         let mut all = BatchLosses::default();
         for part in parts {
             all.losses.extend(part.losses);
-            all.class_logits.extend(part.class_logits);
+            all.outputs.extend(part.outputs);
         }
         Ok(all)
+    }
+
+    /// The loss of a classifier's or regression's outputs.
+    fn output_loss(&self) -> OutputLoss {
+        let head = self.architecture.classifier_head();
+        head.map_or(OutputLoss::CrossEntropy, |head| head.problem_type.loss())
     }
 
     fn check(&self, batch: &Batch) -> Result<()> {
@@ -285,22 +292,21 @@ impl Decoder {
         match &self.head {
             DecoderHead::Vocabulary(head) => Ok(BatchLosses {
                 losses: head.forward(context, &h, &batch.targets)?,
-                class_logits: Vec::new(),
+                outputs: Vec::new(),
             }),
             DecoderHead::Classifier(classifier) => {
                 let (logits, _) = classifier.forward(&pass, &h)?;
-                let (losses, _) = cross_entropy(context, logits.clone(), &batch.targets, None)?;
-                let class_logits = logits.flatten_all()?.to_vec1()?;
-                Ok(BatchLosses {
-                    losses,
-                    class_logits,
-                })
+                let outputs = logits.flatten_all()?.to_vec1()?;
+                let targets = batch.output_targets(&[]);
+                let loss = self.output_loss();
+                let (losses, _) = loss.losses(context, logits, targets, None)?;
+                Ok(BatchLosses { losses, outputs })
             }
         }
     }
 
-    /// The loss of each target in nats; adds the gradients of `options.scale * sum of losses` to
-    /// `gradients`.
+    /// The loss of each target, times the weight of its class if classes have any; adds the gradients of
+    /// `options.scale * sum of losses` to `gradients`.
     pub fn losses_and_gradients(
         &self,
         context: Context<'_>,
@@ -388,7 +394,7 @@ impl Decoder {
         scale: f64,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f32>, Option<Tensor>)> {
-        let (context, targets) = (pass.context, &batch.targets);
+        let context = pass.context;
         let norm_trained = self.norm.as_ref().is_some_and(Norm::is_trained);
         let below = !self.backward.is_empty() || norm_trained;
         let classifier = match &self.head {
@@ -407,7 +413,10 @@ impl Decoder {
             dropout: pass.dropout,
         };
         let (logits, saved) = classifier.forward(&rows, h)?;
-        let (losses, dlogits) = cross_entropy(context, logits, targets, Some(scale))?;
+        let head = self.architecture.classifier_head();
+        let targets = batch.output_targets(head.map_or(&[], |head| &head.class_weights));
+        let loss = self.output_loss();
+        let (losses, dlogits) = loss.losses(context, logits, targets, Some(scale))?;
         let dh = match dlogits {
             Some(dlogits) => classifier.backward(context, &dlogits, &saved, below, gradients)?,
             None => None,

@@ -11,7 +11,7 @@ use super::architecture::{Architecture, Biases, LayerKind};
 use super::config::{Config, Range};
 use super::embedding::{EmbeddingParts, LearnedPositions, TokenTypes};
 use super::family::{activation_of, attention, dropout, layer_count, stored_in_bf16};
-use super::head::{ClassifierHead, Head, Pooling};
+use super::head::{Classified, ClassifierHead, Head, Pooling, ProblemType};
 use super::names::ModuleNames;
 use super::residual::BranchNorms;
 use crate::error::Result;
@@ -133,6 +133,8 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Ar
             bias: true,
             pooling: Pooling::First,
             labels: labels(config)?,
+            problem_type: ProblemType::SingleLabel,
+            class_weights: Vec::new(),
         }),
     }))
 }
@@ -206,4 +208,22 @@ pub(super) fn labels(config: &Config<'_>) -> Result<Vec<String>> {
     }
     let count = config.size("num_labels")?.unwrap_or(2);
     Ok((0..count).map(|id| format!("LABEL_{id}")).collect())
+}
+
+/// The problem that config.json states; else a number if there is one output for a text, as in
+/// transformers.
+pub(super) fn problem_type(config: &Config<'_>, classified: Classified) -> Result<ProblemType> {
+    if classified == Classified::Tokens {
+        return Ok(ProblemType::SingleLabel);
+    }
+    let rule = "regression, single_label_classification or multi_label_classification";
+    let stated = config.read("problem_type", rule, |value| {
+        ProblemType::from_name(value.as_str()?)
+    })?;
+    let one_output = labels(config)?.len() == 1;
+    Ok(stated.unwrap_or(if one_output {
+        ProblemType::Regression
+    } else {
+        ProblemType::SingleLabel
+    }))
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::architecture::{Architecture, Biases, ConfigDropout, LayerKind};
 use super::config::{Config, Range, text_config};
 use super::embedding::{EmbeddingParts, LearnedPositions};
-use super::encoder_config::{encoder, labels};
+use super::encoder_config::{encoder, labels, problem_type};
 use super::expert_sizes::{expert_sizes, sparse_layers};
 use super::families::{Family, family};
 use super::head::{Classified, Head};
@@ -83,7 +83,11 @@ impl Architecture {
     /// Replaces the head by a classifier's if the class has one.
     fn classify_as(&mut self, class: &str, config: &Config<'_>) -> Result<()> {
         match Classified::of_class(class) {
-            Some(classified) => self.classify(classified, labels(config)?),
+            Some(classified) => {
+                self.classify(classified, labels(config)?)?;
+                self.set_problem_type(problem_type(config, classified)?);
+                Ok(())
+            }
             None => Ok(()),
         }
     }

@@ -1,5 +1,5 @@
-//! The head of a classifier: an optional linear layer with an activation, then the logits of the
-//! classes, on the rows with a loss.
+//! The head of a classifier or regression: an optional linear layer with an activation, then the
+//! outputs, on the rows with a loss.
 
 use candle_core::Tensor;
 
@@ -7,7 +7,7 @@ use super::block::Pass;
 use crate::error::Result;
 use crate::ops::{
     Activation, ActivationSaved, Context, Gradients, InputGradient, Linear, LinearInput,
-    LinearSaved, LinearShape, LmHead, cross_entropy_cost,
+    LinearSaved, LinearShape, LmHead, OutputLoss,
 };
 use crate::work::{Precision, Work};
 
@@ -33,8 +33,64 @@ pub struct ClassifierHead {
     pub bias: bool,
     /// The token whose output is classified.
     pub pooling: Pooling,
-    /// Names of the classes, by id.
+    /// Names of the outputs, by id.
     pub labels: Vec<String>,
+    /// What the outputs mean.
+    pub problem_type: ProblemType,
+    /// Factor of the training loss of each class, by id; empty: 1.
+    pub class_weights: Vec<f32>,
+}
+
+impl ClassifierHead {
+    /// Whether the losses of a backward pass have the weights of their classes.
+    pub(super) fn is_weighted(&self) -> bool {
+        !self.class_weights.is_empty()
+    }
+}
+
+/// What a head's outputs mean: transformers' `problem_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProblemType {
+    /// One class of all.
+    SingleLabel,
+    /// Each label applies or not.
+    MultiLabel,
+    /// A number.
+    Regression,
+}
+
+impl ProblemType {
+    /// The words of config.json.
+    pub const NAMES: [(Self, &str); 3] = [
+        (Self::SingleLabel, "single_label_classification"),
+        (Self::MultiLabel, "multi_label_classification"),
+        (Self::Regression, "regression"),
+    ];
+
+    /// The word of config.json.
+    pub fn name(self) -> &'static str {
+        let mut names = Self::NAMES.into_iter();
+        names
+            .find(|(kind, _)| *kind == self)
+            .map_or("", |(_, name)| name)
+    }
+
+    /// What a word of config.json names.
+    pub fn from_name(name: &str) -> Option<Self> {
+        let mut names = Self::NAMES.into_iter();
+        names
+            .find(|(_, known)| *known == name)
+            .map(|(kind, _)| kind)
+    }
+
+    /// The loss of its outputs.
+    pub(super) fn loss(self) -> OutputLoss {
+        match self {
+            Self::SingleLabel => OutputLoss::CrossEntropy,
+            Self::MultiLabel => OutputLoss::BinaryCrossEntropy,
+            Self::Regression => OutputLoss::SquaredError,
+        }
+    }
 }
 
 /// What a classifier gives classes to.
@@ -177,6 +233,9 @@ pub(super) struct ClassifierShape {
     pub(super) activation: Activation,
     pub(super) output: LinearShape,
     pub(super) precision: Precision,
+    pub(super) loss: OutputLoss,
+    /// Whether classes have weights in training.
+    pub(super) weighted: bool,
 }
 
 impl ClassifierShape {
@@ -187,7 +246,9 @@ impl ClassifierShape {
 
     /// Work of the logits and, with `backward`, of their gradients.
     fn losses_cost(&self, backward: bool) -> Work {
-        cross_entropy_cost(self.output.tokens, self.output.out_features, backward)
+        let output = &self.output;
+        let (rows, k) = (output.tokens, output.out_features);
+        self.loss.cost(rows, k, self.weighted, backward)
     }
 
     fn logits_cost(&self) -> Work {

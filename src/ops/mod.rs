@@ -23,6 +23,7 @@ mod gather;
 mod gemm;
 mod linear;
 mod norm;
+mod output_losses;
 mod parallel;
 mod parameters;
 mod quantized;
@@ -43,7 +44,7 @@ pub use attention::{
     attention_forward_cost,
 };
 pub use columns::{columns_cost, join_columns, split_columns};
-pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape, cross_entropy, cross_entropy_cost};
+pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape, cross_entropy};
 pub use dropout::DropoutMask;
 pub use embedding::{
     embedding, embedding_backward, embedding_backward_cost, embedding_cost, lora_embedding,
@@ -57,6 +58,7 @@ pub use linear::{
     Magnitude, backward_shared_input,
 };
 pub use norm::{Norm, NormKind, NormSaved, norm_backward_cost, norm_cost};
+pub use output_losses::{OutputLoss, OutputTargets};
 pub use parallel::par_map;
 pub use parameters::{Gradients, Parameters, Slot, Weight};
 pub use quantized::StoredFormat;

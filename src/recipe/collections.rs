@@ -85,6 +85,9 @@ fn write_table<T: Setting>(entries: &[(String, T)]) -> Option<Value> {
 }
 
 fn is_pattern_entry(entry: &Entry, field: &mut Field<'_, '_>) -> bool {
+    if let Bounds::Of(_) = field.key.bounds {
+        return true;
+    }
     let name = Node {
         span: entry.key_span,
         raw: Raw::Text(entry.key.clone()),
@@ -162,12 +165,16 @@ impl Setting for Targets {
     }
 }
 
-/// Names of modules.
+/// Names of modules, or other texts.
 impl Setting for Vec<String> {
-    fn values(_: &Key) -> Values {
+    fn values(key: &Key) -> Values {
         let name = json!({ "type": "string", "minLength": 1 });
+        let what = match key.bounds {
+            Bounds::Of(what) => what,
+            _ => "module names",
+        };
         values(
-            "a list of module names",
+            format!("a list of {what}"),
             json!({ "type": "array", "items": name, "minItems": 1 }),
         )
     }
@@ -264,17 +271,22 @@ impl Setting for TokenIndices {
     }
 }
 
-fn patterns(value_rule: &str, value_schema: Json) -> Values {
+fn patterns(key: &Key, value_rule: &str, value_schema: Json) -> Values {
+    let what = match key.bounds {
+        Bounds::Of(what) => what,
+        _ => "module patterns",
+    };
     values(
-        format!("a table of module patterns, each with {value_rule}"),
+        format!("a table of {what}, each with {value_rule}"),
         json!({ "type": "object", "additionalProperties": value_schema }),
     )
 }
 
 /// Module pattern -> rank.
 impl Setting for Vec<(String, usize)> {
-    fn values(_: &Key) -> Values {
+    fn values(key: &Key) -> Values {
         patterns(
+            key,
             "a whole number of at least 1",
             json!({ "type": "integer", "minimum": 1 }),
         )
@@ -294,10 +306,11 @@ impl Setting for Vec<(String, usize)> {
     }
 }
 
-/// Module pattern -> alpha.
+/// Module pattern -> alpha, or class -> weight.
 impl Setting for Vec<(String, f64)> {
-    fn values(_: &Key) -> Values {
+    fn values(key: &Key) -> Values {
         patterns(
+            key,
             "a finite number above 0",
             json!({ "type": "number", "exclusiveMinimum": 0 }),
         )

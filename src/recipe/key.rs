@@ -55,6 +55,8 @@ pub(super) enum Bounds {
     FileName,
     /// Modules that may also be the word "all-linear".
     AllLinear,
+    /// Texts of this kind, not names or patterns of modules.
+    Of(&'static str),
 }
 
 /// An interval of finite numbers.

@@ -35,7 +35,7 @@ pub use open::{check, load, locate, parse};
 pub use schema::json_schema;
 pub use sections::{
     Adapter, Baseline, Checkpointing, Compared, Data, Energy, Init, Length, Lora, Model,
-    Quantization, Recipe, Report, Task, Train, Validation, Warmup,
+    ProblemType, Quantization, Recipe, Report, Task, Train, Validation, Warmup,
 };
 pub use write::{lora_setting, reference, starter};
 

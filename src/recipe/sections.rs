@@ -80,6 +80,8 @@ section! {
         init: Init = default("\"pretrained\""),
         /// What the model's head computes; auto: what its class in config.json does
         task: Task = default("\"auto\"").known_as(&["task_type"]),
+        /// What the outputs of sequence-classification mean; auto: as config.json says, else by the labels of the training records
+        problem_type: ProblemType = default("\"auto\""),
         /// Stores the frozen linear layers in fewer bits: nf4 is QLoRA's
         quantization: Quantization = default("\"none\"").known_as(&["load_in", "quant_type", "bnb_4bit_quant_type"]),
     }
@@ -97,6 +99,21 @@ pub enum Task {
     SequenceClassification,
     /// The class of each word.
     TokenClassification,
+}
+
+/// What the outputs of a head mean; the words are transformers'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ProblemType {
+    /// By config.json or the labels.
+    Auto,
+    /// One class of all.
+    SingleLabelClassification,
+    /// Each label applies or not.
+    MultiLabelClassification,
+    /// A number.
+    Regression,
 }
 
 /// How the weights of linear layers are stored while an adapter is trained on them.
@@ -270,7 +287,7 @@ section! {
             optional("{ prompt = \"question\", completion = \"answer\" }"),
         /// Names of the classes by id; else the model's, or those of the training records in order
         labels: Vec<String> = optional("[\"negative\", \"positive\"]")
-            .known_as(&["label_names", "class_names"]),
+            .within(Bounds::Of("class names")).known_as(&["label_names", "class_names"]),
         /// Longest record in tokens
         max_length: usize = default("512").within(TOKENS)
             .known_as(&["max_seq_length", "max_seq_len", "sequence_len", "seq_len", "block_size", "cutoff_len"])
@@ -439,6 +456,8 @@ section! {
         /// The gradient's global norm is clipped here; 0 never clips
         max_grad_norm: f64 = default("1.0").within(NOT_NEGATIVE)
             .known_as(&["grad_clip", "clip_grad_norm", "gradient_clipping", "gradient_clip"]),
+        /// Weight of the training loss of each class, by name; 1 where none is given. The validation loss has no weights
+        class_weights: Vec<(String, f64)> = optional("{ positive = 3.0 }").within(Bounds::Of("class names")),
         /// Evaluate every so many steps; 0: before and after only
         eval_every: u64 = default("50").within(INTERVAL)
             .known_as(&["eval_steps", "eval_interval", "evals_per_epoch", "steps_per_eval"]),

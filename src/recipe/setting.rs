@@ -13,7 +13,9 @@ use toml_edit::Value;
 
 use super::key::{Bounds, Key, MANY, Range};
 use super::reader::Field;
-use super::sections::{AdapterType, Checkpointing, Compared, Init, Quantization, Task};
+use super::sections::{
+    AdapterType, Checkpointing, Compared, Init, ProblemType, Quantization, Task,
+};
 use super::suggest;
 use super::tree::{Node, Raw};
 use crate::adapter::options::{Bias, LoraInit};
@@ -321,6 +323,7 @@ impl Choice for Init {}
 impl Choice for Quantization {}
 impl Choice for OnBadRecord {}
 impl Choice for Precision {}
+impl Choice for ProblemType {}
 impl Choice for Task {}
 impl Choice for TxtUnit {}
 
@@ -576,6 +579,7 @@ mod tests {
         check::<OnBadRecord>();
         check::<Bias>();
         check::<Precision>();
+        check::<ProblemType>();
         check::<Task>();
         check::<Quantization>();
         check::<TxtUnit>();

@@ -10,7 +10,7 @@ use super::chart::{Axis, Mark, Plot, Rule, Scale, Series, Shape};
 use super::compare::Comparison;
 use super::format::{self, energy_tick, mass_tick, number_tick, percent_tick, step_tick};
 use super::history::{History, Point, Timeline};
-use super::types::Report;
+use super::types::{LossUnit, Report};
 use crate::energy::Interval;
 use crate::units::{GramsCo2e, Joules};
 
@@ -157,16 +157,16 @@ fn validation(report: &Report, timeline: &Timeline) -> Vec<Mark> {
 }
 
 /// An axis of losses; logarithmic where a linear one would hide the end of training.
-fn loss_axis(losses: impl Iterator<Item = f64> + Clone) -> Option<Axis> {
+fn loss_axis(unit: LossUnit, losses: impl Iterator<Item = f64> + Clone) -> Option<Axis> {
     let finite = losses.clone().filter(|loss| loss.is_finite());
     let least = finite.clone().fold(f64::INFINITY, f64::min);
     let most = finite.fold(f64::NEG_INFINITY, f64::max);
     let (scale, label) = if least > 0.0 && most / least >= LOG_LOSS {
-        (Scale::Log, "loss, nats per token (logarithmic)")
+        (Scale::Log, format!("loss, {} (logarithmic)", unit.words()))
     } else {
-        (Scale::Linear, "loss, nats per token")
+        (Scale::Linear, format!("loss, {}", unit.words()))
     };
-    Axis::over(label, scale, number_tick, losses)
+    Axis::over(&label, scale, number_tick, losses)
 }
 
 /// Losses over energy.
@@ -197,7 +197,7 @@ fn loss(report: &Report, timeline: &Timeline) -> Option<Figure> {
         title: "Loss against energy".to_string(),
         desc,
         x: joules_axis(report)?,
-        y: loss_axis(losses.into_iter())?,
+        y: loss_axis(report.training.loss_unit, losses.into_iter())?,
         series,
         rules: rule.into_iter().collect(),
         height: 320.0,
@@ -427,7 +427,7 @@ fn trained_baselines(report: &Report) -> Option<Figure> {
         title: "Loss against training energy, with trained baselines".to_string(),
         desc: format!("The run's training took {}.", format::energy(equal)),
         x: Axis::over("training energy", Scale::Linear, energy_tick, energies)?.fit(),
-        y: loss_axis(points.iter().map(|at| at[1]))?,
+        y: loss_axis(report.training.loss_unit, points.iter().map(|at| at[1]))?,
         series,
         rules: vec![Rule::X(equal.0, "equal energy".to_string())],
         height: 280.0,
@@ -476,6 +476,8 @@ pub fn losses_of_runs<'a>(
     names: &[String],
     runs: impl Iterator<Item = (&'a Report, &'a History)>,
 ) -> Option<Figure> {
+    let mut runs = runs.peekable();
+    let unit = runs.peek().map(|(report, _)| report.training.loss_unit);
     let named = RUNS.into_iter().zip(names).zip(runs);
     let series: Vec<Series> = named
         .filter_map(|((class, name), (report, history))| {
@@ -495,7 +497,7 @@ pub fn losses_of_runs<'a>(
         title: "Loss of each run against its energy".to_string(),
         desc: comparison.verdict(),
         x: Axis::over(&label, Scale::Linear, energy_tick, energies.chain([0.0]))?.fit(),
-        y: loss_axis(points.iter().map(|at| at[1]))?,
+        y: loss_axis(unit.unwrap_or_default(), points.iter().map(|at| at[1]))?,
         series,
         rules: Vec::new(),
         height: 320.0,

@@ -46,6 +46,7 @@ pub fn sections(report: &Report) -> Vec<Section> {
     let reconciliation = report.energy.reconciliation.as_ref();
     let all = [
         ("Result", result(report)),
+        ("Confusion matrix", confusion(report)),
         ("Sample", sample(report)),
         ("Memory", memory(report)),
         ("Energy by phase", energy::by_phase(&report.energy)),
@@ -129,18 +130,8 @@ fn result(report: &Report) -> Vec<Block> {
         rows.push(("processor time", text));
     }
     if let Some(metrics) = training.metrics {
-        rows.extend([
-            ("accuracy after", format::number(metrics.accuracy)),
-            ("F1 macro after", format::number(metrics.f1_macro)),
-            ("F1 micro after", format::number(metrics.f1_micro)),
-            (
-                "Matthews correlation after",
-                format::number(metrics.matthews_correlation),
-            ),
-        ]);
-        if let Some(f1) = metrics.entity_f1 {
-            rows.push(("F1 of entities after", format::number(f1)));
-        }
+        let figures = metrics.named().into_iter();
+        rows.extend(figures.map(|(name, figure)| (name, format::number(figure))));
     }
     if let Some(tokens) = training.tokens {
         rows.insert(3, ("training tokens", format::count(tokens)));
@@ -151,11 +142,38 @@ fn result(report: &Report) -> Vec<Block> {
         let place = format!("step {step}, loss {loss}, `{}`", best.path);
         rows.push(("best checkpoint", place));
     }
-    let unit = "Losses are in nats per token, over tokens with a loss.";
+    let mut note = format!("Losses are {}.", training.loss_unit.sentence());
+    if training.metrics.is_some() {
+        note += " Metrics are those of the validation records after training.";
+    }
     vec![
         Block::Table(Table::pairs(["result", "value"], rows)),
-        Block::Paragraph(unit.to_string()),
+        Block::Paragraph(note),
     ]
+}
+
+/// Counts of the validation records by true and predicted class.
+fn confusion(report: &Report) -> Vec<Block> {
+    /// Most classes of a table that can be read.
+    const MOST_SHOWN: usize = 20;
+    let Some(matrix) = &report.training.confusion_matrix else {
+        return Vec::new();
+    };
+    if matrix.labels.len() > MOST_SHOWN {
+        let classes = format::count(matrix.labels.len() as u64);
+        let text = format!("The matrix of {classes} classes is in `report.json`.");
+        return vec![Block::Paragraph(text)];
+    }
+    let head = ["true class \\ predicted"].into_iter();
+    let head: Vec<&str> = head
+        .chain(matrix.labels.iter().map(String::as_str))
+        .collect();
+    let mut table = Table::new(&head);
+    for (label, counts) in matrix.labels.iter().zip(&matrix.counts) {
+        let counts = counts.iter().map(|count| format::count(*count));
+        table.row(std::iter::once(label.clone()).chain(counts));
+    }
+    vec![Block::Table(table)]
 }
 
 /// What other programs do with the adapter.

@@ -50,12 +50,13 @@ fn loss(report: &Report) -> Option<String> {
     let reduction = report.loss_reduction()?;
     let before = format::number(report.training.val_loss_before?);
     let after = format::number(report.training.val_loss_after?);
+    let unit = report.training.loss_unit.words();
     Some(if reduction > 0.0 {
-        format!("Validation loss fell from {before} to {after} nats per token.")
+        format!("Validation loss fell from {before} to {after} {unit}.")
     } else if reduction < 0.0 {
-        format!("Validation loss rose from {before} to {after} nats per token.")
+        format!("Validation loss rose from {before} to {after} {unit}.")
     } else {
-        format!("Validation loss stayed at {before} nats per token.")
+        format!("Validation loss stayed at {before} {unit}.")
     })
 }
 

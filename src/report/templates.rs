@@ -107,6 +107,7 @@ pub fn to_html(name: &str, report: &FiniteReport, history: &History) -> Result<S
             energy_range => format::range(&report.energy.total, |joules| joules.to_string()),
             emissions_range => format::range(&report.carbon.emissions, format::carbon),
             report => Serde(report),
+            loss_unit => report.training.loss_unit.words(),
             recorded => !timeline.points.is_empty(),
             loss => Serde(loss_figures(report, &timeline)),
             growth => Serde(growth_figures(report, &timeline)),
@@ -211,6 +212,7 @@ pub fn to_model_card(card: &CardFacts, report: &FiniteReport) -> Result<String> 
         card => Serde(card),
         report => Serde(report),
         lora => report.adapter.r#type == AdapterType::Lora,
+        pipeline => pipeline(&report.model.architecture),
         // YAML 1.1 reads `1e-5` as text: plain decimals.
         grams => report.carbon.emissions.central.0.to_string(),
         summary => summary(report),
@@ -218,6 +220,17 @@ pub fn to_model_card(card: &CardFacts, report: &FiniteReport) -> Result<String> 
         portability => Serde(card_sections(report, &["Portability"])),
     };
     render("model_card.md", context)
+}
+
+/// The hub's name of what a model of this class does.
+fn pipeline(class: &str) -> &'static str {
+    if class.ends_with("ForSequenceClassification") {
+        "text-classification"
+    } else if class.ends_with("ForTokenClassification") {
+        "token-classification"
+    } else {
+        "text-generation"
+    }
 }
 
 /// The sections with these titles. How to open a counter on the training machine is of no use to readers of the card.

@@ -129,7 +129,52 @@ pub struct Best {
     pub path: String,
 }
 
-/// Losses are in nats per loss token.
+/// What a loss is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossUnit {
+    /// Of a loss token.
+    #[default]
+    NatsPerToken,
+    /// Of a record with one class or several labels.
+    NatsPerRecord,
+    /// Of a record's number.
+    SquaredError,
+}
+
+impl LossUnit {
+    /// Behind a figure.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::NatsPerToken => "nats per token",
+            Self::NatsPerRecord => "nats per record",
+            Self::SquaredError => "squared error per record",
+        }
+    }
+
+    /// Behind "Losses are".
+    pub fn sentence(self) -> &'static str {
+        match self {
+            Self::NatsPerToken => "in nats per token, over tokens with a loss",
+            Self::NatsPerRecord => "in nats per record",
+            Self::SquaredError => "mean squared errors",
+        }
+    }
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Counts of records by true class (row) and predicted class (column).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfusionMatrix {
+    /// Names of the classes, by id.
+    pub labels: Vec<String>,
+    /// A row for each true class.
+    pub counts: Vec<Vec<u64>>,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Training {
     pub steps: u64,
@@ -149,6 +194,12 @@ pub struct Training {
     /// On the validation set after the last step, of a classifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<Metrics>,
+    /// On the same records, where each has one class.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confusion_matrix: Option<ConfusionMatrix>,
+    /// Of the losses above and below.
+    #[serde(default, skip_serializing_if = "LossUnit::is_default")]
+    pub loss_unit: LossUnit,
     pub train_loss_last: Option<f64>,
     /// Over the wall time of training steps alone.
     pub tokens_per_second: Option<f64>,

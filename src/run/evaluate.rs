@@ -8,10 +8,10 @@ use super::Screen;
 use super::inference::{ModelRequest, load, not_finite, open};
 use super::model_source::ModelSource;
 use super::records::locate;
-use crate::data::{self, Format, MicroBatch, evaluation_batches};
+use crate::data::{self, Format, LabelKind, MicroBatch, evaluation_batches};
 use crate::error::{Error, Kind, Result};
 use crate::hub::Progress;
-use crate::model::{Architecture, BatchLosses, Classified, Decoder};
+use crate::model::{Architecture, BatchLosses, Classified, Decoder, ProblemType};
 use crate::ops::Context;
 use crate::recipe::Validation;
 use crate::train::batch_to_device;
@@ -35,7 +35,7 @@ pub struct EvaluationJob<'a> {
 /// The loss on the records.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// Nats per loss token.
+    /// Nats per loss token; of a regression the mean squared error.
     pub loss: f64,
     /// e to the loss; `None` of a classifier.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,15 +53,16 @@ pub struct Evaluation {
     pub classification: Option<Classification>,
 }
 
-/// How well a classifier did.
+/// How well a classifier or regression did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Classification {
     /// Its figures.
     #[serde(flatten)]
     pub metrics: Metrics,
-    /// Names of the classes, by id.
+    /// Names of the outputs, by id.
     pub labels: Vec<String>,
-    /// Records by true class (row) and predicted class (column).
+    /// Records by true class (row) and predicted class (column), if each has one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub confusion_matrix: Vec<Vec<u64>>,
 }
 
@@ -123,16 +124,12 @@ fn losses_of(
     let mut sum = 0.0;
     let mut loss_tokens = 0;
     let labels = decoder.architecture().labels();
-    let words = decoder.architecture().classified() == Some(Classified::Tokens);
-    let mut scores = Scores::new(labels, words);
+    let mut scores = Scores::new(decoder.architecture());
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
         let input = batch_to_device(batch, job.model.device)?;
-        let BatchLosses {
-            losses,
-            class_logits,
-        } = decoder.evaluate(context, &input)?;
-        scores.add(batch, &class_logits);
+        let BatchLosses { losses, outputs } = decoder.evaluate(context, &input)?;
+        scores.add(batch, &outputs);
         sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         loss_tokens += losses.len() as u64;
     }
@@ -188,9 +185,19 @@ pub(super) fn options_for(
     Ok(data::Options {
         format,
         labels: architecture.labels().to_vec(),
-        classifies_words: architecture.classified() == Some(Classified::Tokens),
+        label_kind: label_kind(architecture),
         ..options.clone()
     })
+}
+
+/// What the labels of records are that the model is evaluated on.
+fn label_kind(architecture: &Architecture) -> LabelKind {
+    match (architecture.classified(), architecture.problem_type()) {
+        (Some(Classified::Tokens), _) => LabelKind::ClassesOfWords,
+        (_, Some(ProblemType::MultiLabel)) => LabelKind::Labels,
+        (_, Some(ProblemType::Regression)) => LabelKind::Number,
+        _ => LabelKind::Class,
+    }
 }
 
 /// Refuses records without a loss token, and those longer than `positions`.

@@ -249,7 +249,7 @@ impl Looked {
         let mut architecture = self.architecture.clone();
         resolve_task(&mut recipe, &mut architecture, Some(&self.files_of_data))?;
         recipe.data.max_length = self.longest();
-        let options = data_options(&recipe.data, recipe.model.task);
+        let options = data_options(&recipe);
         data::load(
             &self.files_of_data,
             &options,

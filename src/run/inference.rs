@@ -7,7 +7,7 @@ use super::architecture::architecture_of;
 use super::machine::check_precision;
 use super::model::{end_ids, fetch_weights, find_model, tokenizer_of};
 use super::model_source::ModelSource;
-use super::task::{classified, classified_by, generic_labels, saved_labels};
+use super::task::{classified, classified_by, generic_labels, named_problem_type, saved_head};
 use crate::adapter::{self, Adaptation};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
@@ -82,13 +82,18 @@ pub(super) fn open(request: &ModelRequest<'_>, screen: &mut dyn Screen) -> Resul
 
 /// The architecture by config.json; a classifier has the classes of its run, of its adapter, or its own.
 fn architecture(request: &ModelRequest<'_>, files: &ModelFiles) -> Result<Architecture> {
-    let mut architecture = architecture_of(
-        files,
-        Init::Pretrained,
-        request.quantization,
-        request.device,
-    )?;
-    let source = request.source;
+    let (quantization, device) = (request.quantization, request.device);
+    architecture_for(request.source, files, quantization, device)
+}
+
+/// [`architecture`] of the model and adapter of `source`.
+pub(super) fn architecture_for(
+    source: &ModelSource,
+    files: &ModelFiles,
+    quantization: Quantization,
+    device: &Device,
+) -> Result<Architecture> {
+    let mut architecture = architecture_of(files, Init::Pretrained, quantization, device)?;
     let adapter = source.adapter.as_deref();
     let by_recipe = source.recipe.as_ref().map(|recipe| recipe.model.task);
     let wanted = match (by_recipe.and_then(classified), adapter) {
@@ -96,18 +101,18 @@ fn architecture(request: &ModelRequest<'_>, files: &ModelFiles) -> Result<Archit
         (by_recipe, _) => by_recipe,
     };
     if let Some(classified) = wanted {
-        architecture.classify(classified, generic_labels())?;
+        architecture.classify(classified, generic_labels(2))?;
     }
     if architecture.classifier().is_none() {
         return Ok(architecture);
     }
-    let of_run = source.recipe.as_ref().map(|recipe| &recipe.data.labels);
-    if let Some(labels) = of_run {
-        architecture.set_labels(labels);
-    } else if let Some(adapter) = adapter
-        && let Some(labels) = saved_labels(adapter)?
-    {
-        architecture.set_labels(&labels);
+    if let Some(recipe) = &source.recipe {
+        architecture.set_labels(&recipe.data.labels);
+        if let Some(problem_type) = named_problem_type(recipe.model.problem_type) {
+            architecture.set_problem_type(problem_type);
+        }
+    } else if let Some(saved) = adapter.map(saved_head).transpose()?.flatten() {
+        saved.apply(&mut architecture);
     }
     Ok(architecture)
 }

@@ -1,21 +1,22 @@
 //! Merging of an adapter into its model, as a model directory.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::Device;
 
 use super::Screen;
-use super::architecture::architecture_of;
 use super::export::name_of;
-use super::inference::fetch;
+use super::inference::{architecture_for, fetch};
 use super::model::{copy_companions, copy_file, read_json, write_json};
 use super::model_source::ModelSource;
+use super::task::write_labels;
 use crate::adapter::shards::TensorEntry;
-use crate::adapter::{self, MergeJob, MergeSummary, MergeWeights};
+use crate::adapter::{self, Adaptation, MergeJob, MergeSummary, MergeWeights};
 use crate::error::{Error, Kind, Result};
 use crate::files::write_atomic;
-use crate::model::Weights;
-use crate::recipe::{Init, ModelId, Quantization};
+use crate::model::{Architecture, Weights};
+use crate::recipe::{ModelId, Quantization};
 use crate::report::files::MODEL_CARD;
 
 /// A merge.
@@ -35,14 +36,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     let device = Device::Cpu;
     let adapter = adapter_of(request.source)?;
     let files = fetch(request.source, screen.downloads())?;
-    let architecture = architecture_of(&files, Init::Pretrained, Quantization::None, &device)?;
-    if architecture.classifier().is_some() {
-        return Err(
-            Error::new(Kind::Usage, "merging the adapter of a classifier is not supported")
-                .value(architecture.class.clone())
-                .hint("use the adapter as it is: `--adapter DIRECTORY` of `wattune predict`, or PEFT's `merge_and_unload`"),
-        );
-    }
+    let architecture = architecture_for(request.source, &files, Quantization::None, &device)?;
     // Refuses weights that do not fit config.json before anything is written.
     let weights = Weights::open(&files.weights, &architecture)?;
     let stored_names = weights.stored_names();
@@ -54,6 +48,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
     for warning in loaded.warnings(&layout, beside.as_deref())? {
         screen.note(&format!("warning: {warning}"));
     }
+    check_head(&architecture, &stored_names, &adaptation)?;
     let other_files = |dir: &Path| {
         copy_companions(&files, dir)?;
         write_atomic(
@@ -61,10 +56,13 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
             card(request.source, files.license.as_deref()),
         )?;
         let config = dir.join("config.json");
-        match adaptation.unties || dequantized.is_some() {
+        let is_changed =
+            adaptation.unties || dequantized.is_some() || architecture.classifier().is_some();
+        match is_changed {
             true => write_config(
                 &files.config,
                 &config,
+                &architecture,
                 adaptation.unties,
                 dequantized.is_some(),
             ),
@@ -72,6 +70,8 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         }
     };
     let bytes = |tensor: &TensorEntry| weights.dequantized_bytes(tensor);
+    let other_head = |name: &str| architecture.names.is_unread(name);
+    let is_classifier = architecture.classifier().is_some();
     adapter::merge(&MergeJob {
         weights: match &dequantized {
             Some(tensors) => MergeWeights::Dequantized {
@@ -84,6 +84,7 @@ pub fn merge_model(request: &MergeRequest<'_>, screen: &mut dyn Screen) -> Resul
         layout: &layout,
         adapter: &loaded,
         adaptation: &adaptation,
+        other_head: is_classifier.then_some(&other_head),
         other_files: &other_files,
         out: request.out,
         max_shard: adapter::merge::DEFAULT_MAX_SHARD,
@@ -106,10 +107,39 @@ pub(super) fn adapter_of(source: &ModelSource) -> Result<&Path> {
     })
 }
 
-/// Copies a config.json: with `tie_word_embeddings` false where the merged embeddings differ, and as that of a model in 16 bits where its
-/// weights were quantised.
-fn write_config(from: &Path, to: &Path, unties: bool, dequantized: bool) -> Result<()> {
+/// Refuses a classifier whose head neither the model nor the adapter holds.
+fn check_head(
+    architecture: &Architecture,
+    stored_names: &BTreeMap<String, String>,
+    adaptation: &Adaptation,
+) -> Result<()> {
+    let trained = |name: &String| adaptation.copies.iter().any(|copy| copy.tensor == *name);
+    let mut tensors = architecture.tensors().into_iter().map(|tensor| tensor.name);
+    let missing = tensors.find(|name| {
+        let is_tied = architecture.tie_word_embeddings;
+        !is_tied && !stored_names.contains_key(name) && !trained(name)
+    });
+    missing.map_or(Ok(()), |name| {
+        Err(Error::new(
+            Kind::Adapter,
+            "neither the model nor the adapter has the head",
+        )
+        .value(name)
+        .hint("name the model that the adapter was trained on with `--model`"))
+    })
+}
+
+/// Copies a config.json: with `tie_word_embeddings` false where the merged embeddings differ, as that of a model in 16 bits where its
+/// weights were quantised, and with the class, labels and problem of a classifier.
+fn write_config(
+    from: &Path,
+    to: &Path,
+    architecture: &Architecture,
+    unties: bool,
+    dequantized: bool,
+) -> Result<()> {
     let mut config = read_json(from)?;
+    write_labels(architecture, &mut config);
     if unties {
         config["tie_word_embeddings"] = false.into();
     }

@@ -1,16 +1,17 @@
 //! Recipe sections as the plain arguments of data and training; no other room takes a recipe's section.
 
-use crate::data;
+use crate::data::{self, LabelKind};
 use crate::model::Recompute;
 use crate::ops::AdamW;
-use crate::recipe::{self, Adapter, Length, Recipe, Task};
+use crate::recipe::{self, Adapter, Length, ProblemType, Recipe, Task};
 use crate::train::{Schedule, Settings};
 
 /// Steps of a run, at most: a plan plays each of them through.
 pub(super) const MAX_STEPS: u64 = 10_000_000;
 
 /// How the recipe's records are read and tokenized.
-pub fn data_options(data: &recipe::Data, task: Task) -> data::Options {
+pub fn data_options(recipe: &Recipe) -> data::Options {
+    let data = &recipe.data;
     data::Options {
         format: data.format,
         columns: data.columns.clone(),
@@ -19,7 +20,12 @@ pub fn data_options(data: &recipe::Data, task: Task) -> data::Options {
         txt_unit: data.txt_unit,
         prompt_template: data.prompt_template.clone(),
         labels: data.labels.clone(),
-        classifies_words: task == Task::TokenClassification,
+        label_kind: match (recipe.model.task, recipe.model.problem_type) {
+            (Task::TokenClassification, _) => LabelKind::ClassesOfWords,
+            (_, ProblemType::MultiLabelClassification) => LabelKind::Labels,
+            (_, ProblemType::Regression) => LabelKind::Number,
+            _ => LabelKind::Class,
+        },
     }
 }
 

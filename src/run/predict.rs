@@ -5,8 +5,9 @@ use serde::Serialize;
 use super::evaluate::options_for;
 use super::inference::{load, not_finite, open};
 use super::{EvaluationJob, Screen};
-use crate::data::{self, evaluation_batches};
+use crate::data::{self, LabelKind, evaluation_batches};
 use crate::error::{Error, Kind, Result};
+use crate::model::ProblemType;
 use crate::ops::Context;
 use crate::train::batch_to_device;
 use crate::train::metrics::predicted_class;
@@ -15,7 +16,7 @@ use crate::work::WorkCounter;
 /// The predictions of a classifier.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Predictions {
-    /// Names of the classes, by id.
+    /// Names of the outputs, by id.
     pub labels: Vec<String>,
     /// One for each record, in order.
     pub predictions: Vec<RecordPrediction>,
@@ -27,6 +28,13 @@ pub struct Predictions {
 pub enum RecordPrediction {
     /// Of the record.
     Text(Prediction),
+    /// Those labels of the record that apply.
+    Labels(LabelsPrediction),
+    /// The number of the record.
+    Value {
+        /// The output of a regression.
+        value: f64,
+    },
     /// Of each word.
     Words(Vec<Prediction>),
 }
@@ -40,7 +48,16 @@ pub struct Prediction {
     pub probabilities: Vec<f64>,
 }
 
-/// Predicts the class of each record; a label in the records is not read.
+/// Labels.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LabelsPrediction {
+    /// Those with a probability above one half.
+    pub labels: Vec<String>,
+    /// Of each label, by id: the sigmoid of its logit.
+    pub probabilities: Vec<f64>,
+}
+
+/// Predicts the label of each record; a label in the records is not read.
 ///
 /// # Errors
 /// A model without classes, a model or data that cannot be loaded, records without tokens or longer
@@ -60,26 +77,8 @@ pub fn predict(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Predi
     };
     let downloads = screen.downloads();
     let set = data::load(&job.data, &options, &model.tokenizer, None, downloads)?;
-    if set.counts.dropped + set.counts.skipped > 0 {
-        return Err(
-            Error::new(Kind::Data, "some records have no text to classify")
-                .value(format!(
-                    "{} of {}",
-                    set.counts.dropped + set.counts.skipped,
-                    set.counts.records
-                ))
-                .hint("remove them, or name the column: --column text=COLUMN"),
-        );
-    }
-    let words = options.classifies_words;
-    if words && set.counts.truncated > 0 {
-        return Err(Error::new(Kind::Data, "some words lie beyond `max_length`")
-            .value(format!(
-                "in {} of {} records",
-                set.counts.truncated, set.counts.records
-            ))
-            .hint("give a larger `--max-length`, or split the records"));
-    }
+    let words = options.label_kind == LabelKind::ClassesOfWords;
+    check_counts(&set.counts, words)?;
     let count = job.limit.unwrap_or(usize::MAX).min(set.examples.len());
     super::evaluate::check(
         &set.examples[..count],
@@ -94,9 +93,23 @@ pub fn predict(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Predi
     for (done, batch) in batches.iter().enumerate() {
         screen.evaluating(done, batches.len());
         let input = batch_to_device(batch, job.model.device)?;
-        let logits = loaded.decoder.evaluate(context, &input)?.class_logits;
+        let logits = loaded.decoder.logits(context, &input)?;
+        let logits: Vec<f32> = logits.flatten_all()?.to_vec1()?;
         if !logits.iter().all(|logit| logit.is_finite()) {
             return Err(not_finite("output").while_running());
+        }
+        let rows = logits.chunks(labels.len());
+        match model.architecture.problem_type() {
+            Some(ProblemType::MultiLabel) => {
+                predictions.extend(rows.map(|row| RecordPrediction::Labels(several(row, labels))));
+                continue;
+            }
+            Some(ProblemType::Regression) => {
+                let values = logits.iter().map(|value| f64::from(*value));
+                predictions.extend(values.map(|value| RecordPrediction::Value { value }));
+                continue;
+            }
+            Some(ProblemType::SingleLabel) | None => {}
         }
         let mut classes = logits.chunks(labels.len()).map(|logits| Prediction {
             label: labels[predicted_class(logits)].clone(),
@@ -119,6 +132,40 @@ pub fn predict(job: &EvaluationJob<'_>, screen: &mut dyn Screen) -> Result<Predi
         labels: labels.to_vec(),
         predictions,
     })
+}
+
+/// Refuses records without text, and words that would get no class.
+fn check_counts(counts: &data::Counts, words: bool) -> Result<()> {
+    if counts.dropped + counts.skipped > 0 {
+        return Err(
+            Error::new(Kind::Data, "some records have no text to classify")
+                .value(format!(
+                    "{} of {}",
+                    counts.dropped + counts.skipped,
+                    counts.records
+                ))
+                .hint("remove them, or name the column: --column text=COLUMN"),
+        );
+    }
+    if words && counts.truncated > 0 {
+        return Err(Error::new(Kind::Data, "some words lie beyond `max_length`")
+            .value(format!(
+                "in {} of {} records",
+                counts.truncated, counts.records
+            ))
+            .hint("give a larger `--max-length`, or split the records"));
+    }
+    Ok(())
+}
+
+/// The labels with a logit above 0.
+fn several(logits: &[f32], labels: &[String]) -> LabelsPrediction {
+    let applies = labels.iter().zip(logits).filter(|(_, logit)| **logit > 0.0);
+    let sigmoid = |logit: &f32| 1.0 / (1.0 + (-f64::from(*logit)).exp());
+    LabelsPrediction {
+        labels: applies.map(|(label, _)| label.clone()).collect(),
+        probabilities: logits.iter().map(sigmoid).collect(),
+    }
 }
 
 /// The softmax of a row.

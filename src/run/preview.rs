@@ -239,6 +239,7 @@ mod tests {
             tokens: tokens.to_vec(),
             loss: vec![true; tokens.len()],
             labels: Vec::new(),
+            values: Vec::new(),
         }
     }
 

@@ -31,7 +31,7 @@ impl Records {
         tokenizer: &Tokenizer,
         progress: &dyn Progress,
     ) -> Result<Self> {
-        let options = data_options(&recipe.data, recipe.model.task);
+        let options = data_options(recipe);
         let cache = cache_root().ok().map(|root| root.join("tokens"));
         let load =
             |paths: &[PathBuf]| data::load(paths, &options, tokenizer, cache.as_deref(), progress);

@@ -17,7 +17,7 @@ use crate::forecast::{
 };
 use crate::hub::ModelFiles;
 use crate::measure::machine::{cpu_time, memory, peak_rss};
-use crate::model::Architecture;
+use crate::model::{Architecture, Classified, ProblemType};
 use crate::recipe::ModelId;
 use crate::report::baselines::{Baseline, Label};
 use crate::report::files::MODEL_CARD;
@@ -211,6 +211,8 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
         val_loss_after: after.map(|last| last.val_loss),
         val_loss_after_se: after.and_then(|last| last.standard_error),
         metrics: after.and_then(|last| last.metrics),
+        confusion_matrix: after.and_then(|_| confusion_matrix(run)),
+        loss_unit: loss_unit(&run.session.prepared.architecture),
         train_loss_last: state.train_loss_last,
         tokens_per_second: rate.is_finite().then_some(rate),
         wall_s: wall,
@@ -222,6 +224,20 @@ fn training_block(run: &Ended<'_>, wall: Seconds) -> types::Training {
             path: checkpoint_name(run, best.step),
         }),
         curve: Vec::new(),
+    }
+}
+
+fn confusion_matrix(run: &Ended<'_>) -> Option<types::ConfusionMatrix> {
+    let counts = run.session.state.confusion_matrix.clone();
+    let labels = run.session.prepared.architecture.labels().to_vec();
+    (!counts.is_empty()).then_some(types::ConfusionMatrix { labels, counts })
+}
+
+fn loss_unit(architecture: &Architecture) -> types::LossUnit {
+    match (architecture.classified(), architecture.problem_type()) {
+        (_, Some(ProblemType::Regression)) => types::LossUnit::SquaredError,
+        (Some(Classified::Sequences), _) => types::LossUnit::NatsPerRecord,
+        _ => types::LossUnit::NatsPerToken,
     }
 }
 

@@ -6,16 +6,16 @@ use serde_json::{Map, Value};
 
 use super::model::read_json;
 use crate::adapter::config::CONFIG_FILE;
-use crate::data::{self, Format};
+use crate::data::{self, Format, LabelKind};
 use crate::error::{Error, Kind, Result};
-use crate::model::{Architecture, Classified};
-use crate::recipe::{Adapter, Recipe, Task};
+use crate::model::{Architecture, Classified, ProblemType};
+use crate::recipe::{self, Adapter, Recipe, Task};
 
 /// Most classes of a head.
 const MOST_LABELS: usize = 1000;
 
-/// Resolves `model.task`, and for a classifier `data.format`, `data.labels` and the head among
-/// `adapter.modules_to_save`; gives the head its classes.
+/// Resolves `model.task`, and for a classifier `model.problem_type`, `data.format`, `data.labels` and
+/// the head among `adapter.modules_to_save`; gives the head its outputs and class weights.
 ///
 /// # Errors
 /// A task that the model's head does not compute, settings of another task, and data whose labels
@@ -26,7 +26,7 @@ pub(super) fn resolve_task(
     training_files: Option<&[PathBuf]>,
 ) -> Result<()> {
     if let Some(classified) = wanted(recipe)? {
-        architecture.classify(classified, generic_labels())?;
+        architecture.classify(classified, generic_labels(2))?;
     }
     let Some((classified, head)) = architecture.classified().zip(architecture.classifier()) else {
         return check_causal_lm(recipe);
@@ -43,19 +43,9 @@ pub(super) fn resolve_task(
         Classified::Sequences => Task::SequenceClassification,
         Classified::Tokens => Task::TokenClassification,
     };
-    match recipe.data.format {
-        Format::Auto => recipe.data.format = Format::Classification,
-        Format::Classification => {}
-        _ => {
-            return Err(refused("data.format", "another format", "a classifier learns from a text and its label")
-                .hint("write `format = \"classification\"` in [data], and name the columns: columns = { text = \"COLUMN\", label = \"COLUMN\" }, of words tokens and labels"));
-        }
-    }
-    if recipe.data.labels.is_empty() {
-        recipe.data.labels = labels(recipe, architecture, training_files)?;
-    }
-    check_labels(&recipe.data.labels)?;
-    architecture.set_labels(&recipe.data.labels);
+    resolve_format(recipe)?;
+    resolve_outputs(recipe, architecture, training_files)?;
+    architecture.set_class_weights(class_weights(recipe)?);
     if let Adapter::Lora(lora) = &mut recipe.adapter
         && lora.init_from.is_none()
     {
@@ -68,13 +58,118 @@ pub(super) fn resolve_task(
     Ok(())
 }
 
-/// What the recipe, or the adapter that it continues, asks to classify.
-fn wanted(recipe: &Recipe) -> Result<Option<Classified>> {
-    let continued = match &recipe.adapter {
+fn resolve_format(recipe: &mut Recipe) -> Result<()> {
+    match recipe.data.format {
+        Format::Auto => recipe.data.format = Format::Classification,
+        Format::Classification => {}
+        _ => {
+            return Err(refused("data.format", "another format", "a classifier learns from a text and its label")
+                .hint("write `format = \"classification\"` in [data], and name the columns: columns = { text = \"COLUMN\", label = \"COLUMN\" }, of words tokens and labels"));
+        }
+    }
+    Ok(())
+}
+
+/// Resolves what the head's outputs mean and their names, and gives them to the head.
+fn resolve_outputs(
+    recipe: &mut Recipe,
+    architecture: &mut Architecture,
+    training_files: Option<&[PathBuf]>,
+) -> Result<()> {
+    let words = architecture.classified() == Some(Classified::Tokens);
+    let asked = named_problem_type(recipe.model.problem_type);
+    let columns = &recipe.data.columns;
+    let survey = |files| data::labels(files, columns, words);
+    let found = match training_files {
+        Some(files) if asked.is_none() || recipe.data.labels.is_empty() => Some(survey(files)?),
+        _ => None,
+    };
+    let saved = continued(recipe).map(saved_head).transpose()?.flatten();
+    let of_saved = saved.as_ref().and_then(|saved| saved.problem_type);
+    let of_model = architecture.problem_type();
+    let stated = of_model.filter(|kind| *kind != ProblemType::SingleLabel);
+    let by_labels = found.as_ref().map(|found| match found.kind {
+        LabelKind::Labels => ProblemType::MultiLabel,
+        LabelKind::Number => ProblemType::Regression,
+        LabelKind::Class | LabelKind::ClassesOfWords => ProblemType::SingleLabel,
+    });
+    let problem_type = asked.or(of_saved).or(stated).or(by_labels);
+    let problem_type = problem_type.unwrap_or(ProblemType::SingleLabel);
+    if words && problem_type != ProblemType::SingleLabel {
+        let what = "each word has one class";
+        return Err(refused("model.problem_type", problem_type.name(), what)
+            .hint("remove `problem_type`, or write `task = \"sequence-classification\"`"));
+    }
+    recipe.model.problem_type = recipe_word(problem_type);
+    if recipe.data.labels.is_empty() {
+        let generic = (0..)
+            .zip(architecture.labels())
+            .all(|(id, label): (usize, _)| *label == format!("LABEL_{id}"));
+        recipe.data.labels = match (saved, found) {
+            (Some(saved), _) => saved.labels,
+            (None, _) if problem_type == ProblemType::Regression => generic_labels(1),
+            (None, Some(found)) if generic => found.names,
+            (None, _) => architecture.labels().to_vec(),
+        };
+    }
+    check_labels(&recipe.data.labels, problem_type)?;
+    architecture.set_labels(&recipe.data.labels);
+    architecture.set_problem_type(problem_type);
+    Ok(())
+}
+
+/// The problem type that a recipe names; `None`: auto.
+pub(super) fn named_problem_type(word: recipe::ProblemType) -> Option<ProblemType> {
+    ProblemType::NAMES
+        .into_iter()
+        .map(|(kind, _)| kind)
+        .find(|kind| recipe_word(*kind) == word)
+}
+
+fn recipe_word(problem_type: ProblemType) -> recipe::ProblemType {
+    match problem_type {
+        ProblemType::SingleLabel => recipe::ProblemType::SingleLabelClassification,
+        ProblemType::MultiLabel => recipe::ProblemType::MultiLabelClassification,
+        ProblemType::Regression => recipe::ProblemType::Regression,
+    }
+}
+
+/// `train.class_weights` by class id; empty if none are given.
+fn class_weights(recipe: &Recipe) -> Result<Vec<f32>> {
+    let (given, labels) = (&recipe.train.class_weights, &recipe.data.labels);
+    if given.is_empty() {
+        return Ok(Vec::new());
+    }
+    if recipe.model.problem_type != recipe::ProblemType::SingleLabelClassification {
+        let what = "class weights are for one class of all";
+        return Err(Error::new(Kind::Recipe, what)
+            .at("train.class_weights")
+            .hint("remove `class_weights`"));
+    }
+    let mut weights = vec![1.0; labels.len()];
+    for (name, weight) in given {
+        let class = labels.iter().position(|label| label == name);
+        let class = class.ok_or_else(|| {
+            refused("train.class_weights", name, "there is no such class")
+                .rule(format!("one of {}", labels.join(", ")))
+                .hint("write `class_weights = { NAME = WEIGHT }` with the names of `data.labels`")
+        })?;
+        weights[class] = *weight as f32;
+    }
+    Ok(weights)
+}
+
+/// The adapter that a recipe continues.
+fn continued(recipe: &Recipe) -> Option<&Path> {
+    match &recipe.adapter {
         Adapter::Lora(lora) => lora.init_from.as_deref(),
         Adapter::None => None,
-    };
-    match (recipe.model.task, continued) {
+    }
+}
+
+/// What the recipe, or the adapter that it continues, asks to classify.
+fn wanted(recipe: &Recipe) -> Result<Option<Classified>> {
+    match (recipe.model.task, continued(recipe)) {
         (Task::Auto, Some(adapter)) => classified_by(adapter),
         (task, _) => Ok(classified(task)),
     }
@@ -100,9 +195,9 @@ pub(super) fn classified_by(adapter: &Path) -> Result<Option<Classified>> {
     Ok(task.and_then(Classified::from_task_type))
 }
 
-/// Names of two classes, as transformers gives them.
-pub(super) fn generic_labels() -> Vec<String> {
-    (0..2).map(|id| format!("LABEL_{id}")).collect()
+/// Names of outputs, as transformers gives them.
+pub(super) fn generic_labels(count: usize) -> Vec<String> {
+    (0..count).map(|id| format!("LABEL_{id}")).collect()
 }
 
 /// Refuses settings of a classifier for a model that predicts tokens.
@@ -119,6 +214,14 @@ fn check_causal_lm(recipe: &Recipe) -> Result<()> {
             predicts_tokens,
         )
         .hint(format!("{HINT}, or remove `labels`"))
+    } else if !recipe.train.class_weights.is_empty() {
+        let names = recipe.train.class_weights.iter();
+        let names: Vec<&str> = names.map(|(name, _)| name.as_str()).collect();
+        refused("train.class_weights", &names.join(", "), predicts_tokens)
+            .hint(format!("{HINT}, or remove `class_weights`"))
+    } else if let Some(problem_type) = named_problem_type(recipe.model.problem_type) {
+        refused("model.problem_type", problem_type.name(), predicts_tokens)
+            .hint(format!("{HINT}, or remove `problem_type`"))
     } else {
         return Ok(());
     };
@@ -129,32 +232,18 @@ fn refused(key: &str, value: &str, what: &str) -> Error {
     Error::new(Kind::Recipe, what).at(key).value(value)
 }
 
-/// The classes of the continued adapter, of the model, or of the training records.
-fn labels(
-    recipe: &Recipe,
-    architecture: &Architecture,
-    training_files: Option<&[PathBuf]>,
-) -> Result<Vec<String>> {
-    if let Adapter::Lora(lora) = &recipe.adapter
-        && let Some(adapter) = &lora.init_from
-        && let Some(labels) = saved_labels(adapter)?
-    {
-        return Ok(labels);
+fn check_labels(labels: &[String], problem_type: ProblemType) -> Result<()> {
+    if problem_type == ProblemType::Regression {
+        return match labels {
+            [_] => Ok(()),
+            _ => Err(refused(
+                "data.labels",
+                &format!("{} labels", labels.len()),
+                "a regression has one output",
+            )
+            .hint("remove `labels`, or write `problem_type = \"single_label_classification\"` in [model]")),
+        };
     }
-    let of_model = architecture.labels();
-    let generic = (0..)
-        .zip(of_model)
-        .all(|(id, label): (usize, _)| *label == format!("LABEL_{id}"));
-    match training_files.filter(|_| generic) {
-        Some(files) => {
-            let of_words = architecture.classified() == Some(Classified::Tokens);
-            data::labels(files, &recipe.data.columns, of_words)
-        }
-        None => Ok(of_model.to_vec()),
-    }
-}
-
-fn check_labels(labels: &[String]) -> Result<()> {
     let mut sorted = labels.to_vec();
     sorted.sort_unstable();
     sorted.dedup();
@@ -165,17 +254,37 @@ fn check_labels(labels: &[String]) -> Result<()> {
         .at("data.labels")
         .value(format!("{} labels, {} of them different", labels.len(), sorted.len()))
         .rule(format!("from 2 to {MOST_LABELS} different names"))
-        .hint("name the column of the classes: columns = { label = \"COLUMN\" }; a number to predict (regression) is not supported"))
+        .hint("name the column of the classes: columns = { label = \"COLUMN\" }; to predict a number write `problem_type = \"regression\"` in [model]"))
 }
 
-/// The classes in the config.json of a directory, if it has both.
-pub(super) fn saved_labels(dir: &Path) -> Result<Option<Vec<String>>> {
+/// What the config.json of a trained head says of its outputs.
+pub(super) struct SavedHead {
+    labels: Vec<String>,
+    problem_type: Option<ProblemType>,
+}
+
+impl SavedHead {
+    pub(super) fn apply(&self, architecture: &mut Architecture) {
+        architecture.set_labels(&self.labels);
+        if let Some(problem_type) = self.problem_type {
+            architecture.set_problem_type(problem_type);
+        }
+    }
+}
+
+/// The head that the config.json of a directory describes, if it has both.
+pub(super) fn saved_head(dir: &Path) -> Result<Option<SavedHead>> {
     let path = dir.join("config.json");
     if !path.is_file() {
         return Ok(None);
     }
     let config = read_json(&path)?;
-    Ok(config.get("id2label").and_then(label_list))
+    let labels = config.get("id2label").and_then(label_list);
+    let problem_type = config.get("problem_type").and_then(Value::as_str);
+    Ok(labels.map(|labels| SavedHead {
+        labels,
+        problem_type: problem_type.and_then(ProblemType::from_name),
+    }))
 }
 
 /// The names of an `id2label`, by id; `None` if the ids are not 0, 1, 2 and so on.
@@ -201,6 +310,11 @@ pub(super) fn write_labels(architecture: &Architecture, config: &mut Value) {
     config["architectures"] = vec![architecture.class.clone()].into();
     config["id2label"] = by_id.into();
     config["label2id"] = by_label.into();
+    if let (Some(Classified::Sequences), Some(problem_type)) =
+        (architecture.classified(), architecture.problem_type())
+    {
+        config["problem_type"] = problem_type.name().into();
+    }
     if config.get("num_labels").is_some() {
         config["num_labels"] = labels.len().into();
     }

@@ -54,6 +54,9 @@ pub struct TrainState {
     /// reproduce it.
     #[serde(default)]
     pub sample_before: Option<String>,
+    /// Of `val_loss_last`, by true class (row) and predicted class (column), of a classifier.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub confusion_matrix: Vec<Vec<u64>>,
     /// Why the loop ended, in the checkpoint written at its end.
     #[serde(default)]
     pub ended: Option<Stop>,

@@ -1,65 +1,136 @@
-//! Metrics of a classifier from true and predicted classes, as scikit-learn defines them, and of named
-//! entities, as seqeval does.
+//! Metrics of a classifier or regression: those of scikit-learn for classes and labels, of SciPy for
+//! numbers, and of seqeval for named entities.
 
 mod entities;
+mod labels;
+mod values;
 
 use serde::{Deserialize, Serialize};
 
 use self::entities::EntityCounts;
+use self::labels::LabelCounts;
+use self::values::ValuePairs;
 use crate::data::MicroBatch;
+use crate::model::{Architecture, Classified, ProblemType};
 
-/// The decisions of a classifier so far.
+/// The decisions of a model so far.
 #[derive(Debug, Clone)]
 pub struct Scores {
-    confusion: Confusion,
-    /// Where the classes are tags of entities.
-    entities: Option<EntityCounts>,
+    outputs: usize,
+    counts: Counts,
+}
+
+#[derive(Debug, Clone)]
+enum Counts {
+    Classes {
+        confusion: Confusion,
+        /// Where the classes are tags of entities.
+        entities: Option<EntityCounts>,
+    },
+    Labels(LabelCounts),
+    Values(ValuePairs),
 }
 
 impl Scores {
-    /// None yet, of classes with these names. `words`: whether the words of a record have them, so that they
-    /// may be tags of entities.
-    pub fn new(labels: &[String], words: bool) -> Self {
-        Self {
-            confusion: Confusion::new(labels.len()),
-            entities: EntityCounts::new(labels).filter(|_| words),
+    /// None yet, of the model's outputs.
+    pub fn new(architecture: &Architecture) -> Self {
+        let labels = architecture.labels();
+        match architecture.problem_type() {
+            Some(ProblemType::MultiLabel) => Self {
+                outputs: labels.len(),
+                counts: Counts::Labels(LabelCounts::new(labels.len())),
+            },
+            Some(ProblemType::Regression) => Self {
+                outputs: labels.len(),
+                counts: Counts::Values(ValuePairs::default()),
+            },
+            Some(ProblemType::SingleLabel) | None => {
+                let words = architecture.classified() == Some(Classified::Tokens);
+                Self::of_classes(labels, words)
+            }
         }
     }
 
-    /// Counts the decisions of a batch by its logits (L, K), row by row.
-    pub fn add(&mut self, batch: &MicroBatch, logits: &[f32]) {
-        let predicted = logits.chunks(self.confusion.classes.max(1));
-        let predicted: Vec<usize> = predicted.map(predicted_class).collect();
-        for (truth, predicted) in batch.targets.iter().zip(&predicted) {
-            self.confusion.add(*truth as usize, *predicted);
+    /// Of classes with these names. `words`: whether the words of a record have them, so that they
+    /// may be tags of entities.
+    fn of_classes(labels: &[String], words: bool) -> Self {
+        Self {
+            outputs: labels.len(),
+            counts: Counts::Classes {
+                confusion: Confusion::new(labels.len()),
+                entities: EntityCounts::new(labels).filter(|_| words),
+            },
         }
-        let Some(entities) = &mut self.entities else {
-            return;
-        };
-        for record in batch.loss_ranges() {
-            let truth = batch.targets[record.clone()].iter();
-            let truth: Vec<usize> = truth.map(|class| *class as usize).collect();
-            entities.add(&truth, &predicted[record]);
+    }
+
+    /// Counts the decisions of a batch by its outputs (L, K), row by row.
+    pub fn add(&mut self, batch: &MicroBatch, outputs: &[f32]) {
+        let rows = outputs.chunks(self.outputs.max(1));
+        match &mut self.counts {
+            Counts::Classes {
+                confusion,
+                entities,
+            } => {
+                let predicted: Vec<usize> = rows.map(predicted_class).collect();
+                for (truth, predicted) in batch.targets.iter().zip(&predicted) {
+                    confusion.add(*truth as usize, *predicted);
+                }
+                let Some(entities) = entities else { return };
+                for record in batch.loss_ranges() {
+                    let truth = batch.targets[record.clone()].iter();
+                    let truth: Vec<usize> = truth.map(|class| *class as usize).collect();
+                    entities.add(&truth, &predicted[record]);
+                }
+            }
+            Counts::Labels(counts) => {
+                let truths = batch.values.chunks(self.outputs.max(1));
+                truths
+                    .zip(rows)
+                    .for_each(|(truth, logits)| counts.add(truth, logits));
+            }
+            Counts::Values(pairs) => {
+                let truths = batch.values.iter().zip(outputs);
+                truths.for_each(|(truth, predicted)| pairs.add(*truth, *predicted));
+            }
         }
     }
 
     /// The figures; `None` without decisions.
     pub fn metrics(&self) -> Option<Metrics> {
-        let metrics = self.confusion.metrics()?;
-        Some(match &self.entities {
-            Some(entities) => Metrics {
-                entity_f1: Some(entities.f1()),
-                entity_precision: Some(entities.precision()),
-                entity_recall: Some(entities.recall()),
-                ..metrics
-            },
-            None => metrics,
-        })
+        match &self.counts {
+            Counts::Classes {
+                confusion,
+                entities,
+            } => {
+                let metrics = confusion.metrics()?;
+                let entities = entities.as_ref();
+                Some(Metrics {
+                    entity_f1: entities.map(EntityCounts::f1),
+                    entity_precision: entities.map(EntityCounts::precision),
+                    entity_recall: entities.map(EntityCounts::recall),
+                    ..metrics
+                })
+            }
+            Counts::Labels(counts) => Some(Metrics {
+                accuracy: Some(counts.accuracy()?),
+                f1_macro: Some(counts.f1_macro()),
+                f1_micro: Some(counts.f1_micro()),
+                ..Metrics::default()
+            }),
+            Counts::Values(pairs) => Some(Metrics {
+                pearson_correlation: pairs.pearson(),
+                spearman_correlation: pairs.spearman(),
+                ..Metrics::default()
+            }),
+        }
     }
 
-    /// The counts, a row for each true class.
+    /// The counts of classes, a row for each true class; empty of labels and numbers.
     pub fn confusion(&self) -> Vec<Vec<u64>> {
-        self.confusion.rows()
+        match &self.counts {
+            Counts::Classes { confusion, .. } => confusion.rows(),
+            Counts::Labels(_) | Counts::Values(_) => Vec::new(),
+        }
     }
 }
 
@@ -70,26 +141,47 @@ struct Confusion {
     counts: Vec<u64>,
 }
 
-/// Figures of a classification, each from 0 to 1, the correlation from -1 to 1.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Metrics {
-    /// Share of decisions that are right.
-    pub accuracy: f64,
-    /// Mean F1 of the classes that occur, true or predicted.
-    pub f1_macro: f64,
-    /// F1 of all decisions together; equals the accuracy, because a decision is one class.
-    pub f1_micro: f64,
+/// Declares the figures, each with its name for people.
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])* $key:ident: $name:literal,)*) => {
+        /// Figures of a classifier or regression, each from 0 to 1, correlations from -1 to 1; those
+        /// that do not apply are `None`.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+        pub struct Metrics {
+            $($(#[doc = $doc])*
+            #[serde(default, skip_serializing_if = "Option::is_none")]
+            pub $key: Option<f64>,)*
+        }
+
+        impl Metrics {
+            /// The figures that apply, by their names for people.
+            pub fn named(&self) -> Vec<(&'static str, f64)> {
+                let all = [$(($name, self.$key)),*].into_iter();
+                all.filter_map(|(name, figure)| Some((name, figure?))).collect()
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Share of decisions that are right; of several labels the share of records with all right.
+    accuracy: "accuracy",
+    /// Mean F1 of the classes that occur, true or predicted; of several labels of all.
+    f1_macro: "F1 macro",
+    /// F1 of all decisions together; of one class it equals the accuracy.
+    f1_micro: "F1 micro",
     /// Matthews' correlation coefficient; 0 where a side has one class alone.
-    pub matthews_correlation: f64,
+    matthews_correlation: "Matthews correlation",
     /// F1 of entities of the right type and extent, if the classes are their tags.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub entity_f1: Option<f64>,
+    entity_f1: "F1 of entities",
     /// Share of predicted entities that are right.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub entity_precision: Option<f64>,
+    entity_precision: "precision of entities",
     /// Share of true entities that are predicted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub entity_recall: Option<f64>,
+    entity_recall: "recall of entities",
+    /// Pearson's correlation coefficient; none where a side is constant.
+    pearson_correlation: "Pearson correlation",
+    /// Spearman's rank correlation coefficient; none where a side is constant.
+    spearman_correlation: "Spearman correlation",
 }
 
 /// The class of the largest of `logits`, of equal ones the first.
@@ -149,18 +241,13 @@ impl Confusion {
         let covariance = correct * total - dot(&truths, &predictions);
         let variances = (total * total - dot(&truths, &truths))
             * (total * total - dot(&predictions, &predictions));
+        let matthews = covariance / variances.sqrt();
         Some(Metrics {
-            accuracy: correct / total,
-            f1_macro: scores.iter().sum::<f64>() / scores.len() as f64,
-            f1_micro: correct / total,
-            matthews_correlation: if variances > 0.0 {
-                covariance / variances.sqrt()
-            } else {
-                0.0
-            },
-            entity_f1: None,
-            entity_precision: None,
-            entity_recall: None,
+            accuracy: Some(correct / total),
+            f1_macro: Some(scores.iter().sum::<f64>() / scores.len() as f64),
+            f1_micro: Some(correct / total),
+            matthews_correlation: Some(if variances > 0.0 { matthews } else { 0.0 }),
+            ..Metrics::default()
         })
     }
 }
@@ -209,13 +296,14 @@ mod tests {
             let list = |key: &str| -> Vec<Vec<usize>> {
                 serde_json::from_value(case[key].clone()).unwrap()
             };
-            let mut scores = Scores::new(&labels, true);
+            let mut scores = Scores::of_classes(&labels, true);
             let batches = list("true").into_iter().zip(list("predicted"));
             for (truth, predicted) in batches {
                 let tokens = vec![0; truth.len()];
                 let example = crate::data::Example {
                     loss: vec![true; truth.len()],
                     labels: truth.iter().map(|class| *class as u32).collect(),
+                    values: Vec::new(),
                     tokens,
                 };
                 let row = |class: &usize| {
@@ -240,11 +328,58 @@ mod tests {
         }
     }
 
+    /// `scripts/metrics_reference.py` made the cases with scikit-learn and SciPy.
+    #[test]
+    fn figures_of_labels_and_numbers_are_those_of_scikit_learn_and_scipy() {
+        let golden = include_str!("../../tests/golden/metrics.json");
+        let golden: serde_json::Value = serde_json::from_str(golden).unwrap();
+        for kind in ["labels", "values"] {
+            for case in golden[kind].as_array().unwrap() {
+                let rows = |key: &str| -> Vec<Vec<f32>> {
+                    serde_json::from_value(case[key].clone()).unwrap()
+                };
+                let (truths, outputs) = (rows("true"), rows("outputs"));
+                let counts = match kind {
+                    "labels" => Counts::Labels(LabelCounts::new(truths[0].len())),
+                    _ => Counts::Values(ValuePairs::default()),
+                };
+                let mut scores = Scores {
+                    outputs: truths[0].len(),
+                    counts,
+                };
+                for (truth, outputs) in truths.iter().zip(&outputs) {
+                    let batch = MicroBatch {
+                        values: truth.clone(),
+                        ..MicroBatch::default()
+                    };
+                    scores.add(&batch, outputs);
+                }
+                let found = serde_json::to_value(scores.metrics().unwrap()).unwrap();
+                let wanted = case["metrics"].as_object().unwrap();
+                assert_eq!(found.as_object().unwrap().len(), wanted.len(), "{found}");
+                for (key, wanted) in wanted {
+                    let (found, wanted) = (found[key].as_f64().unwrap(), wanted.as_f64().unwrap());
+                    assert!(
+                        (found - wanted).abs() < 1e-12,
+                        "{key}: {found}, not {wanted}"
+                    );
+                }
+            }
+        }
+    }
+
     #[test]
     fn other_names_than_tags_have_no_entities() {
         let scores = |names: &[&str], words| {
             let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
-            Scores::new(&names, words).entities.is_some()
+            let scores = Scores::of_classes(&names, words);
+            matches!(
+                scores.counts,
+                Counts::Classes {
+                    entities: Some(_),
+                    ..
+                }
+            )
         };
         assert!(scores(&["O", "B-PER", "I-PER"], true));
         assert!(!scores(&["O", "B-PER", "I-PER"], false));

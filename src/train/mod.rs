@@ -27,7 +27,7 @@ use self::metrics::Scores;
 use crate::data::{MicroBatch, Sampler};
 use crate::energy::{Account, Phase, Reading, Verdict};
 use crate::error::{Error, Kind, Result};
-use crate::model::{BatchLosses, Classified, Decoder, ModelShape, Recompute};
+use crate::model::{BatchLosses, Decoder, ModelShape, Recompute};
 use crate::ops::{AdamW, Context, Parameters};
 use crate::work::{Precision, Work, WorkCounter};
 
@@ -285,18 +285,13 @@ impl Training<'_, '_> {
         let mut sum = 0.0;
         let mut sum_of_squares = 0.0;
         let mut loss_tokens = 0;
-        let architecture = self.trainer.decoder.architecture();
-        let words = architecture.classified() == Some(Classified::Tokens);
-        let mut scores = Scores::new(architecture.labels(), words);
+        let mut scores = Scores::new(self.trainer.decoder.architecture());
         for (done, batch) in batches.iter().enumerate() {
             self.observer.evaluating(done, batches.len());
             let decoder = self.trainer.decoder;
             let input = batch_to_device(batch, decoder.device())?;
-            let BatchLosses {
-                losses,
-                class_logits,
-            } = decoder.evaluate(self.context, &input)?;
-            scores.add(batch, &class_logits);
+            let BatchLosses { losses, outputs } = decoder.evaluate(self.context, &input)?;
+            scores.add(batch, &outputs);
             sum += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
             let squares = losses.iter().map(|loss| f64::from(*loss).powi(2));
             sum_of_squares += squares.sum::<f64>();
@@ -307,6 +302,7 @@ impl Training<'_, '_> {
         let n = loss_tokens as f64;
         let val_loss = sum / n;
         let variance = (sum_of_squares / n - val_loss * val_loss).max(0.0) * n / (n - 1.0);
+        self.state.confusion_matrix = scores.confusion();
         self.observer.evaluated(step, val_loss)?;
         Ok(Evaluation {
             step,

@@ -14,14 +14,15 @@ use crate::work::Work;
 pub fn batch_to_device(batch: &MicroBatch, device: &Device) -> Result<Batch> {
     let segments = &batch.segments;
     let lengths: Vec<usize> = segments.iter().map(|segment| segment.range.len()).collect();
-    Batch::new(
+    let tensors = Batch::new(
         &batch.tokens,
         &lengths,
         segments.iter().map(|segment| segment.example).collect(),
         &batch.loss_positions,
         batch.targets.clone(),
         device,
-    )
+    )?;
+    Ok(tensors.with_values(batch.values.clone()))
 }
 
 impl Training<'_, '_> {
@@ -124,7 +125,7 @@ impl Training<'_, '_> {
 }
 
 /// Adds the gradients of the mean loss over `batches` to `gradients` and returns that loss in nats
-/// per loss token; `step` counts from 0 and keys the dropout masks.
+/// per loss token, weighted by class as torch's CrossEntropyLoss; `step` counts from 0 and keys the dropout masks.
 ///
 /// # Errors
 /// `Kind::Diverged`, naming step, micro-batch and records, where a loss is not finite.
@@ -136,14 +137,18 @@ pub fn accumulate_gradients(
     batches: &[MicroBatch],
     gradients: &mut Gradients,
 ) -> Result<f64> {
-    let loss_tokens = loss_tokens(batches) as f64;
+    let architecture = decoder.architecture();
+    let weights = batches.iter();
+    let weight: f64 = weights
+        .map(|batch| architecture.loss_weight(&batch.targets))
+        .sum();
     let dropout = Dropout {
         p: settings.dropout,
         seed: settings.seed,
         step,
     };
     let options = BackwardOptions {
-        scale: 1.0 / loss_tokens,
+        scale: 1.0 / weight,
         recompute: settings.recompute,
         dropout: (settings.dropout > 0.0).then_some(dropout),
     };
@@ -162,7 +167,7 @@ pub fn accumulate_gradients(
         }
         sum += loss;
     }
-    Ok(sum / loss_tokens)
+    Ok(sum / weight)
 }
 
 fn loss_tokens(batches: &[MicroBatch]) -> usize {

@@ -269,6 +269,7 @@ mod tests {
             tokens: vec![0; length(i)],
             loss: (0..length(i)).map(|at| at > i % 7).collect(),
             labels: Vec::new(),
+            values: Vec::new(),
         };
         (0..count).map(example).collect()
     }

@@ -236,6 +236,97 @@ fn a_trained_classifier_is_continued() {
     assert!((after - before).abs() < 1e-6, "{before}, {after}");
 }
 
+/// Records whose label is a list of the words that decide, or their sum as a number.
+fn labelled(which: std::ops::Range<usize>, label: impl Fn(&[usize]) -> Value) -> String {
+    let record = |i: usize| {
+        let present: Vec<usize> = (0..3).filter(|k| ((i * 7) >> k) & 1 == 1).collect();
+        let words = present.iter().map(|k| CLASSES[*k].0);
+        let words: Vec<&str> = [WORDS[i % 8]].into_iter().chain(words).collect();
+        json!({"text": words.join(" "), "label": label(&present)}).to_string() + "\n"
+    };
+    which.map(record).collect()
+}
+
+/// What the labels of the records mean is found, planned, learnt, reported, predicted and merged.
+#[test]
+fn texts_get_several_labels_or_a_number() {
+    let names = |present: &[usize]| present.iter().map(|k| CLASSES[*k].1).collect();
+    let sum = |present: &[usize]| json!(present.iter().map(|k| *k as f64 - 0.5).sum::<f64>());
+    let labels = ["f1_macro", "f1_micro", "accuracy"];
+    learns_labels("multi_label_classification", &names, &labels);
+    let numbers = ["pearson_correlation", "spearman_correlation"];
+    learns_labels("regression", &sum, &numbers);
+}
+
+fn learns_labels(problem_type: &str, label: &dyn Fn(&[usize]) -> Value, figures: &[&str]) {
+    let model = "qwen3";
+    let lab = lab(model);
+    lab.write("train.jsonl", &labelled(0..40, label));
+    lab.write("validation.jsonl", &labelled(40..56, label));
+    let keys = set(&[
+        "model.task=sequence-classification",
+        "adapter.lora_dropout=0.05",
+    ]);
+    let (plan, report) = (lab.plan(&keys), lab.train("run", &keys));
+    let total = |value: &Value| microjoules(&value["energy"]["total_j"]);
+    assert_eq!(total(&plan), total(&report), "{problem_type}");
+    let config: Value = serde_json::from_slice(&lab.read("run/adapter/config.json")).unwrap();
+    assert_eq!(config["problem_type"], problem_type);
+    let data = ["--data", "validation.jsonl", "--quiet"];
+    let model = format!("./{model}");
+    let adapted = ["--model", &model, "--adapter", "run/adapter"];
+    let evaluated = lab.json(&[&["eval"], &adapted[..], &data].concat());
+    for key in figures {
+        let reported = number(&report, &format!("/training/metrics/{key}"));
+        assert_eq!(number(&evaluated, &format!("/{key}")), reported, "{key}");
+        assert!(reported > 0.8, "{key}: {reported}");
+    }
+    let merged = [&["merge"], &adapted[..], &["--out", "merged"]].concat();
+    lab.json(&merged);
+    let predicted = lab.json(&[&["predict"], &adapted[..], &data].concat());
+    let of_merged = ["predict", "--model", "./merged"];
+    let of_merged = lab.json(&[&of_merged[..], &data].concat());
+    let numbers = |found: &Value| -> Vec<f64> {
+        let rows = found["predictions"].as_array().unwrap().iter();
+        let numbers = |row: &Value| match &row["value"] {
+            Value::Number(value) => vec![value.as_f64().unwrap()],
+            _ => serde_json::from_value(row["probabilities"].clone()).unwrap(),
+        };
+        rows.flat_map(numbers).collect()
+    };
+    for (x, y) in numbers(&predicted).iter().zip(numbers(&of_merged)) {
+        assert!((x - y).abs() < 1e-4, "{problem_type}: {x}, merged {y}");
+    }
+    assert_eq!(predicted["labels"], of_merged["labels"]);
+}
+
+/// The classes of a weighted loss have the matrix of counts in the pages; a class that there is not is
+/// refused.
+#[test]
+fn classes_have_weights_and_a_matrix() {
+    let lab = lab("bert");
+    let weighted = set(&["train.class_weights={ negative = 5.0, positive = 0.2 }"]);
+    let (plan, report) = (lab.plan(&weighted), lab.train("run", &weighted));
+    let total = |value: &Value| microjoules(&value["energy"]["total_j"]);
+    assert_eq!(total(&plan), total(&report));
+    let plain = lab.train("plain", &[]);
+    let last = |report| number(report, "/training/train_loss_last");
+    assert_ne!(last(&report), last(&plain));
+    let matrix = &report["training"]["confusion_matrix"];
+    assert_eq!(matrix["labels"], json!(["negative", "neutral", "positive"]));
+    let counts: Vec<Vec<u64>> = serde_json::from_value(matrix["counts"].clone()).unwrap();
+    assert_eq!(counts.iter().flatten().sum::<u64>(), 12);
+    for page in ["run/report.md", "run/report.html"] {
+        let text = String::from_utf8(lab.read(page)).unwrap();
+        assert!(text.contains("Confusion matrix"), "{page}");
+        assert!(text.contains("nats per record"), "{page}");
+    }
+    let keys = set(&["train.class_weights={ neutrl = 2.0 }"]);
+    let arguments = [&["train", "recipe.toml", "--out", "no"], &flags(&keys)[..]];
+    let message = lab.refused(2, &arguments.concat());
+    says(&message, &["train.class_weights", "neutrl", "neutral"]);
+}
+
 /// Records of words with tags: the two words after "of" are a name.
 fn tagged(which: std::ops::Range<usize>, labelled: bool) -> String {
     let record = |i: usize| {

@@ -186,7 +186,7 @@ fn records(
                     txt_unit: TxtUnit::Paragraph,
                     prompt_template: None,
                     labels: Vec::new(),
-                    classifies_words: false,
+                    label_kind: Default::default(),
                     columns: Vec::new(),
                 };
                 let _ = data::load(&[file.to_path_buf()], &options, &tiny, None, &Silent);

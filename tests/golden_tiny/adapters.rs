@@ -190,6 +190,7 @@ fn a_merged_model_has_the_loss_of_the_adapted_one() {
             layout: &case.golden.architecture.layout(),
             adapter: &case.loaded,
             adaptation: &case.adaptation,
+            other_head: None,
             other_files: &|_| Ok(()),
             out: &out,
             max_shard: Bytes(1 << 30),

@@ -43,7 +43,11 @@ impl Golden {
             candle_core::safetensors::load(dir.join("golden.safetensors"), &Device::Cpu).unwrap();
         let json =
             serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
-        let architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
+        let mut architecture = Architecture::from_file(&dir.join("config.json")).unwrap();
+        let json: Value = json;
+        if let Ok(weights) = serde_json::from_value(json["class_weights"].clone()) {
+            architecture.set_class_weights(weights);
+        }
         Self {
             dir,
             tensors,
@@ -85,6 +89,7 @@ impl Golden {
             vec![0; ids.len()]
         };
         let (mut tokens, mut positions, mut targets) = (vec![], vec![], vec![]);
+        let mut values = vec![];
         for s in which {
             let start: usize = lengths[..*s].iter().sum();
             let base = tokens.len();
@@ -96,6 +101,9 @@ impl Golden {
                 positions.extend(here.map(|i| (base + i - start) as u32));
                 let count = marked(start..start + lengths[*s]).count();
                 targets.extend(&self.list("labels")[before..before + count]);
+                let of_segment: Option<Vec<f32>> =
+                    serde_json::from_value(self.json["values"][*s].clone()).unwrap();
+                values.extend(of_segment.into_iter().flatten());
                 continue;
             }
             for i in 1..lengths[*s] {
@@ -115,6 +123,7 @@ impl Golden {
             &Device::Cpu,
         )
         .unwrap()
+        .with_values(values)
     }
 
     fn base(&self, name: &str) -> Tensor {

@@ -48,7 +48,10 @@ const FAMILIES: [&str; 26] = [
     "olmoe",
     "mixtral",
 ];
-const CLASSIFIERS: [&str; 9] = [
+const CLASSIFIERS: [&str; 12] = [
+    "bert_regression",
+    "llama_labels",
+    "bert_weighted",
     "bert_tokens",
     "qwen2_tokens",
     "bert",
@@ -202,7 +205,7 @@ fn loss_and_gradients(
     recompute: Recompute,
 ) -> (f64, Gradients) {
     let mut gradients = Gradients::new(slots);
-    let scale = 1.0 / batch.loss_tokens() as f64;
+    let scale = 1.0 / batch.loss_weight(decoder.architecture());
     let losses = decoder
         .losses_and_gradients(context, batch, options(scale, recompute), &mut gradients)
         .unwrap();

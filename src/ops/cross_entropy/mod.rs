@@ -166,7 +166,7 @@ impl LmHeadShape {
 pub type HeadMasks<'a> = &'a dyn Fn(Range<usize>) -> DropoutMask;
 
 /// Each row's loss, and dh (L, C) if it is wanted.
-type Losses = (Vec<f32>, Option<Tensor>);
+pub(super) type Losses = (Vec<f32>, Option<Tensor>);
 
 /// The gradients to compute with the losses: those of `scale * sum of losses`.
 struct Backward<'a> {
@@ -437,7 +437,7 @@ fn cap(logits: &mut [f32], softcap: Option<f64>) {
 }
 
 /// Work of the losses of `rows` logits (K), and with `backward` of their gradients.
-pub fn cross_entropy_cost(rows: usize, k: usize, backward: bool) -> Work {
+pub(super) fn cross_entropy_cost(rows: usize, k: usize, backward: bool) -> Work {
     let forward = Work::sweep(4 * rows * k, 3 * rows * k);
     if backward {
         return forward + Work::sweep(8 * rows * k, 2 * rows * k);

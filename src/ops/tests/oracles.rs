@@ -9,9 +9,9 @@ use candle_nn::{Linear as CandleLinear, Module, RmsNorm as CandleRmsNorm};
 use super::adamw::ADAMW;
 use super::{close, flat, for_each_path, indices, parameters, random};
 use crate::error::Result;
+use crate::ops::cross_entropy::cross_entropy_cost;
 use crate::ops::{
     AdamW, Gradients, InputGradient, Linear, LmHead, Norm, NormKind, Weight, cross_entropy,
-    cross_entropy_cost,
 };
 
 #[test]
