@@ -6,6 +6,8 @@ use wattune::energy::{
     Account, Allowance, Budget, Energies, Ledger, Limit, Limits, MeterKind, Meters, Phase, Profile,
     Rates, Spent, Verdict, carbon,
 };
+use wattune::forecast::{RequestCost, RequestSize};
+use wattune::model::{Architecture, ServedShape};
 use wattune::units::{Flops, GramsCo2e, GramsPerKwh, Joules, MicroJoules, Pue, Seconds, Watts};
 use wattune::work::{Precision, Work};
 
@@ -222,4 +224,153 @@ fn a_budget_below_one_step_stops_at_once() {
     let step = Work::product(4096, 4096, 4096, Precision::F32).times(10);
     let verdict = account.fits(Phase::Train, &step, &[]);
     assert_eq!(verdict, Verdict::Stop(Limit::Carbon));
+}
+
+/// A row of `tests/fixtures/decode_energy.csv`: published measurements of dense bf16 models under vLLM.
+#[derive(serde::Deserialize)]
+struct Decoding {
+    model: String,
+    gpu: String,
+    max_num_seqs: usize,
+    avg_batch: f64,
+    avg_output_tokens: f64,
+    joule_per_output_token: f64,
+    parameters: f64,
+}
+
+/// config.json of the models: type, hidden size, inner size, layers, heads, heads of k and v, head size, vocabulary.
+const SERVED: [(&str, &str, [usize; 7]); 9] = [
+    (
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "llama",
+        [4096, 14_336, 32, 32, 8, 128, 128_256],
+    ),
+    (
+        "meta-llama/Llama-3.1-70B-Instruct",
+        "llama",
+        [8192, 28_672, 80, 64, 8, 128, 128_256],
+    ),
+    (
+        "meta-llama/Llama-3.3-70B-Instruct",
+        "llama",
+        [8192, 28_672, 80, 64, 8, 128, 128_256],
+    ),
+    (
+        "meta-llama/Llama-3.1-405B-Instruct",
+        "llama",
+        [16_384, 53_248, 126, 128, 8, 128, 128_256],
+    ),
+    (
+        "Qwen/Qwen3-8B",
+        "qwen3",
+        [4096, 12_288, 36, 32, 8, 128, 151_936],
+    ),
+    (
+        "Qwen/Qwen3-14B",
+        "qwen3",
+        [5120, 17_408, 40, 40, 8, 128, 151_936],
+    ),
+    (
+        "Qwen/Qwen3-32B",
+        "qwen3",
+        [5120, 25_600, 64, 64, 8, 128, 151_936],
+    ),
+    (
+        "google/gemma-3-12b-it",
+        "gemma3_text",
+        [3840, 15_360, 48, 16, 8, 256, 262_208],
+    ),
+    (
+        "google/gemma-3-27b-it",
+        "gemma3_text",
+        [5376, 21_504, 62, 32, 16, 128, 262_208],
+    ),
+];
+
+fn architecture(model: &str) -> Architecture {
+    let (_, kind, sizes) = SERVED.iter().find(|(name, ..)| *name == model).unwrap();
+    let [hidden, inner, layers, heads, kv_heads, head_dim, vocabulary] = sizes;
+    let class = match *kind {
+        "llama" => "LlamaForCausalLM",
+        "qwen3" => "Qwen3ForCausalLM",
+        _ => "Gemma3ForCausalLM",
+    };
+    let gemma = *kind == "gemma3_text";
+    let mut config = serde_json::json!({
+        "architectures": [class], "model_type": kind, "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "vocab_size": vocabulary, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+        "tie_word_embeddings": gemma, "torch_dtype": "bfloat16",
+    });
+    if gemma {
+        config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        config["query_pre_attn_scalar"] = (*head_dim).into();
+        config["sliding_window"] = 1024.into();
+    } else {
+        config["hidden_act"] = "silu".into();
+    }
+    Architecture::from_config(&config).unwrap()
+}
+
+/// Errors of joules per generated token, in order, of the rows of a card with at most `sequences` sequences. Prompts of the chats have
+/// about 200 tokens; of several cards each streams its share, which costs what one card takes for all.
+fn decoding_errors(gpu: &str, sequences: usize) -> Vec<f64> {
+    let profile = Profile::named(if gpu == "H100" {
+        "nvidia-h100-sxm5-80gb"
+    } else {
+        "nvidia-b200-sxm-180gb"
+    });
+    let profile = profile.unwrap();
+    let mut reader = csv::Reader::from_path("tests/fixtures/decode_energy.csv").unwrap();
+    let rows = reader.deserialize().map(|row| -> Decoding { row.unwrap() });
+    rows.filter(|row| row.gpu == gpu && row.max_num_seqs <= sequences)
+        .map(|row| {
+            let architecture = architecture(&row.model);
+            let counted = architecture.parameters() as f64;
+            assert!(
+                (counted / row.parameters - 1.0).abs() < 0.05,
+                "{}: {counted}",
+                row.model
+            );
+            let size = RequestSize {
+                prompt: 200,
+                generated: row.avg_output_tokens.round() as usize,
+                batch: row.avg_batch.round() as usize,
+            };
+            let shape = ServedShape::new(&architecture, Precision::Bf16);
+            let energy = RequestCost::new(&profile, &shape, size).energy();
+            let error = energy.0 / size.generated as f64 / row.joule_per_output_token - 1.0;
+            eprintln!(
+                "{gpu} {} x {}: {:+.1} %",
+                row.model,
+                size.batch,
+                100.0 * error
+            );
+            error
+        })
+        .collect()
+}
+
+#[test]
+fn counted_decoding_is_near_measured_decoding() {
+    for (gpu, sequences, most) in [
+        ("H100", 16, 0.08),
+        ("H100", 64, 0.15),
+        ("B200", 16, 0.16),
+        ("B200", 64, 0.18),
+    ] {
+        let errors = decoding_errors(gpu, sequences);
+        let mean = errors.iter().map(|error| error.abs()).sum::<f64>() / errors.len() as f64;
+        let bias = errors.iter().sum::<f64>() / errors.len() as f64;
+        eprintln!(
+            "{gpu}, at most {sequences}: mean error {:.1} % ({:+.1} %) of {}",
+            100.0 * mean,
+            100.0 * bias,
+            errors.len()
+        );
+        assert!(
+            errors.len() >= 13 && mean <= most,
+            "{gpu} {sequences}: {mean}"
+        );
+    }
 }

@@ -13,8 +13,9 @@ use super::carbon::carbon;
 use super::charge::EnergyBreakdown;
 use super::interval::{MODEL_FACTOR, ratio_bounds};
 use super::profile::Profile;
+use super::profile_file::large_product;
 use crate::units::{Bytes, Flops, GramsCo2e, Joules, significant};
-use crate::work::{Precision, Work};
+use crate::work::Precision;
 
 /// What a run is compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -155,9 +156,9 @@ pub fn training_flops(params: f64, tokens: f64, shape: Option<Shape>) -> Flops {
     Flops((6.0 * params + attention) * tokens)
 }
 
-/// The energy of `flops` in large products on `profile`: that of a 4096-cube product, scaled.
+/// The energy of `flops` in large products on `profile`.
 fn energy_of(profile: &Profile, flops: Flops, precision: Precision) -> (Joules, EnergyBreakdown) {
-    let product = profile.charge(&Work::product(4096, 4096, 4096, precision));
+    let product = profile.charge(&large_product(precision));
     let count = flops.0 / product.flops as f64;
     let one = product.breakdown;
     let breakdown = EnergyBreakdown {

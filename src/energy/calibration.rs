@@ -44,6 +44,8 @@ pub struct MeasuredPower {
     pub idle: Watts,
     /// With large products running.
     pub load: Watts,
+    /// While memory is copied; `None` if it is not more than `idle`.
+    pub streaming: Option<Watts>,
     /// "rapl", "nvml:0".
     pub counter: String,
 }
@@ -111,8 +113,11 @@ impl Profile {
         self.load_w = power.load;
         self.load_points.clear();
         self.pj_per_flop.clear();
+        self.dram_pj_per_byte = power
+            .streaming
+            .map(|watts| (watts - power.idle).0 / self.bandwidth * 1e12);
         let source = format!("measured on this machine with {}", power.counter);
-        self.set_sources(&["idle", "load", "pj_per_flop"], &source);
+        self.set_sources(&["idle", "load", "pj_per_flop", "dram"], &source);
     }
 
     /// Replaces measured capacities and bandwidths.
@@ -172,7 +177,7 @@ mod tests {
     use crate::work::Work;
 
     fn cube(precision: Precision) -> Work {
-        Work::product(4096, 4096, 4096, precision)
+        Work::product(8192, 8192, 8192, precision)
     }
 
     #[test]
@@ -243,8 +248,8 @@ mod tests {
 
     #[test]
     fn measured_power_replaces_every_figure_that_depends_on_power() {
-        // The definition of the derivation: a 4096-cube product draws `load` on average over its
-        // roofline time; and idle is idle.
+        // The definition of the derivation: an 8192-cube product draws `load` on average over its
+        // roofline time; and idle is idle. 361 W at 2.9e12 bytes a second: 290 W / 2.9e12 = 100 pJ.
         let h100 = Profile::named("nvidia-h100-sxm5-80gb").unwrap();
         let measured = Measured {
             rates: BTreeMap::from([(Precision::Bf16, 6e14)]),
@@ -252,6 +257,7 @@ mod tests {
             power: Some(MeasuredPower {
                 idle: Watts(71.0),
                 load: Watts(655.0),
+                streaming: Some(Watts(361.0)),
                 counter: "nvml:0".to_string(),
             }),
             ..Measured::default()
@@ -262,6 +268,7 @@ mod tests {
             let watts = charge.energy.joules().0 / charge.time.0;
             assert!((watts - 655.0).abs() < 0.1, "{precision:?}");
         }
+        assert!((profile.streamed_pj_per_byte() - 100.0).abs() < 1e-9);
         assert_eq!(profile.power_at(0.0), Watts(71.0));
         assert_eq!(profile.power_at(1.0), Watts(655.0));
         assert!(profile.sources["load"].title.contains("nvml:0"));

@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! energy = idle_w * t + sum(flops * pJ/FLOP) + sum(bytes * pJ/byte)         rounded to a microjoule, once
-//! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable))
+//! t      = max(sum(flops / (peak * achievable)), DRAM bytes / (bandwidth * achievable),
+//!              (sum(flops * pJ/FLOP) + sum(bytes * pJ/byte)) / (load_w - idle_w))
 //! ```
 //!
-//! The time is a roofline (Williams et al. 2009): a cache with a measured bandwidth (`calibrate`)
-//! may bound it too. A profile reconciled with a measured run multiplies each part by
+//! The time is a roofline (Williams et al. 2009) with the device's power as a further roof (Choi et al. 2013, 2014); a cache with a
+//! measured bandwidth (`calibrate`) may bound it too. A profile reconciled with a measured run multiplies each part by
 //! `measured_over_counted`. Vector operations run at f32's rate and energy; they are in `energy`
 //! and `time`, not in `flops`. `traffic` counts the bytes. A pure function of profile and work,
 //! whatever kernel runs.
@@ -174,6 +175,29 @@ impl Profile {
         totals
     }
 
+    /// What the charge of streaming `bytes` follows from, with `flops` of products in `precision` and vector operations meanwhile.
+    /// Levels that hold all of `resident`, the bytes that are streamed again and again, are not left.
+    pub fn streamed_totals(
+        &self,
+        precision: Precision,
+        flops: u64,
+        vector_flops: u64,
+        bytes: Bytes,
+        resident: Bytes,
+    ) -> WorkTotals {
+        let crosses = |capacity: Option<u64>| capacity.is_none_or(|capacity| resident.0 > capacity);
+        let served =
+            capacities(&self.caches).map(|capacity| bytes.0 * u64::from(crosses(capacity)));
+        let mut totals = WorkTotals {
+            vector_flops,
+            served: served.collect(),
+            unreused: bytes.0,
+            ..WorkTotals::default()
+        };
+        totals.flops[precision as usize] = flops;
+        totals
+    }
+
     /// Adds `count` passes over `bytes` of memory.
     pub fn add_sweeps(&self, totals: &mut WorkTotals, bytes: u64, count: u64) {
         let all = bytes.saturating_mul(count);
@@ -187,11 +211,13 @@ impl Profile {
 
     /// The charge of works with these totals; `bytes` stays empty.
     pub fn charge_without_bytes(&self, totals: &WorkTotals) -> Charge {
-        let time = self.roofline(totals);
+        let (arithmetic, movement) = (self.arithmetic_energy(totals), self.movement_energy(totals));
+        let by_power = Seconds((arithmetic + movement) / Joules((self.load_w - self.idle_w).0));
+        let time = self.roofline(totals).max(by_power);
         let factor = self.calibration_factor();
         let breakdown = EnergyBreakdown {
-            arithmetic_j: self.arithmetic_energy(totals) * factor,
-            movement_j: self.movement_energy(totals) * factor,
+            arithmetic_j: arithmetic * factor,
+            movement_j: movement * factor,
             idle_j: self.idle_w * time * factor,
             unreused_bytes: Bytes(totals.unreused),
         };
@@ -219,7 +245,7 @@ impl Profile {
             .collect()
     }
 
-    /// The roofline time: the longest of arithmetic, DRAM and each cache with a known bandwidth.
+    /// The roofline time without the power's roof: the longest of arithmetic, DRAM and each cache with a known bandwidth.
     pub(super) fn roofline(&self, totals: &WorkTotals) -> Seconds {
         let compute = self.arithmetic_time(totals, Self::rate).0;
         let transfers = servers(&self.caches)
@@ -272,7 +298,7 @@ impl Profile {
     /// Picojoules of a byte that `level` serves; `None` if unknown.
     fn pj_per_byte(&self, level: &str) -> Option<f64> {
         if level == DRAM {
-            return Some(self.dram_pj_per_byte);
+            return Some(self.streamed_pj_per_byte());
         }
         let cache = self.caches.iter().find(|cache| cache.name == level)?;
         cache.pj_per_byte
@@ -285,7 +311,7 @@ impl Profile {
     /// let t4 = Profile::named("nvidia-t4").unwrap();
     /// let bytes = t4.charge(&Work::file(1_000_000_000)).bytes;
     /// let dram = t4.movement_by_level(&bytes)["dram"].0;
-    /// assert!((dram - 1e9 * t4.dram_pj_per_byte * 1e-12).abs() < 1e-9);
+    /// assert!((dram - 1e9 * t4.streamed_pj_per_byte() * 1e-12).abs() < 1e-9);
     /// assert_eq!(t4.unknown_levels(&bytes), ["L2"]);
     /// ```
     pub fn movement_by_level(&self, bytes: &Traffic) -> BTreeMap<String, Joules> {
@@ -307,7 +333,7 @@ impl Profile {
 
     /// The energy of `bytes`, all served by DRAM.
     pub fn dram_energy(&self, bytes: Bytes) -> Joules {
-        Joules(self.dram_pj_per_byte * bytes.0 as f64 * 1e-12 * self.calibration_factor())
+        Joules(self.streamed_pj_per_byte() * bytes.0 as f64 * 1e-12 * self.calibration_factor())
     }
 }
 

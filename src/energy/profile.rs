@@ -110,8 +110,10 @@ pub struct Profile {
     pub derived: Vec<Precision>,
     /// From the inside out.
     pub caches: Vec<CacheLevel>,
-    /// Picojoules per byte from or to main memory.
-    pub dram_pj_per_byte: f64,
+    /// Picojoules that the device draws above idle per byte it streams from or to main memory; `None`: derived, see
+    /// [`Profile::streamed_pj_per_byte`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dram_pj_per_byte: Option<f64>,
     /// Factor of every counted joule: measured over counted energy of an earlier run on this
     /// device.
     pub measured_over_counted: Option<f64>,
@@ -171,7 +173,27 @@ const CLOCK_RATIO: f64 = 2.2;
 /// cycle in AMX tiles over 64 f32 operations in two AVX-512 units.
 const HALF_RATIO: f64 = 32.0;
 
+/// Share of the way from `idle_w` to `load_w` that a device draws while it streams from memory: of an H100, 200 pJ a byte times
+/// 2.68e12 bytes a second over 630 W.
+const STREAMING_LOAD: f64 = 0.85;
+
 impl Profile {
+    /// Picojoules of a byte that main memory serves: what the device draws above idle while it streams, over bytes per second. The
+    /// memory's own share of it is far smaller (HBM3: 32 pJ).
+    ///
+    /// ```
+    /// use wattune::energy::Profile;
+    /// // 0.85 (70 W - 8 W) / (0.8 x 320 GB/s).
+    /// let t4 = Profile::named("nvidia-t4").unwrap();
+    /// assert!((t4.streamed_pj_per_byte() - 205.9).abs() < 0.1);
+    /// ```
+    pub fn streamed_pj_per_byte(&self) -> f64 {
+        let streaming = (self.load_w - self.idle_w) * STREAMING_LOAD;
+        let rate = self.bandwidth * self.achievable_bandwidth;
+        self.dram_pj_per_byte
+            .unwrap_or_else(|| streaming.0 / rate * 1e12)
+    }
+
     /// The same processor with `cores` of its cores: their share of its power, peak and shared
     /// caches, and of its bandwidth at least what so many cores draw. Other devices, and a number of
     /// cores that is no smaller, are returned unchanged.

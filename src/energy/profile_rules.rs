@@ -165,7 +165,6 @@ fn memory(p: &Profile) -> Vec<Rule> {
         .caches
         .windows(2)
         .all(|pair| pair[0].bytes <= pair[1].bytes);
-    let dram = p.dram_pj_per_byte;
     vec![
         rule(
             "caches",
@@ -175,9 +174,9 @@ fn memory(p: &Profile) -> Vec<Rule> {
         ),
         rule(
             "dram_pj_per_byte",
-            non_negative(dram),
+            p.dram_pj_per_byte.is_none_or(non_negative),
             "picojoules, zero or more",
-            &dram,
+            &p.dram_pj_per_byte,
         ),
     ]
 }

@@ -13,6 +13,9 @@ pub struct Inference {
     pub prompt_tokens: u64,
     /// Tokens of its answer.
     pub generated_tokens: u64,
+    /// Requests that are answered at once.
+    #[serde(default = "one")]
+    pub batch: u64,
     /// Before and after training.
     pub models: Vec<Served>,
     /// What would be prompted instead; `None` where nothing is comparable.
@@ -21,6 +24,10 @@ pub struct Inference {
     pub year: Option<Year>,
     /// What has to hold for it.
     pub assumptions: Vec<String>,
+}
+
+fn one() -> u64 {
+    1
 }
 
 /// Which model answers.

@@ -1,50 +1,20 @@
 //! Energy of the model in use: requests to the base model, to the fine-tuned one, and to what would be prompted instead.
 //!
-//! Counted by `ModelShape::prefill` and `ModelShape::decoding`, as the run's own samples are; the prompt and each further token are
-//! charged as separate ledger entries. Generates nothing.
+//! Counted by [`RequestCost`]: the prompts of a batch and each further token are charged as separate ledger entries. Generates
+//! nothing.
 
 use super::inference::{
     Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
 };
 use super::stored_formats::effect_of_formats;
+use super::request::{RequestCost, RequestSize};
 use super::subject::{Subject, Target, emissions};
-use crate::adapter::Adaptation;
-use crate::energy::{Charge, Interval, MeterKind, carbon};
-use crate::model::ModelShape;
+use crate::energy::{Interval, MeterKind, carbon};
+use crate::model::ServedShape;
 use crate::recipe::LargerModel;
-use crate::units::{GramsCo2e, Joules, MicroJoules};
-use crate::work::Work;
+use crate::units::{GramsCo2e, Joules};
 
 const DAYS_PER_YEAR: f64 = 365.0;
-
-/// Cost of one request.
-#[derive(Clone, Copy)]
-struct Request {
-    /// The prompt, which gives the first generated token.
-    prompt: MicroJoules,
-    /// Prompt and further tokens.
-    total: MicroJoules,
-    flops: u64,
-}
-
-impl Request {
-    fn new(prompt: Charge, further_tokens: impl Iterator<Item = Charge>) -> Self {
-        let mut request = Self {
-            prompt: prompt.energy,
-            total: prompt.energy,
-            flops: prompt.flops,
-        };
-        for token in further_tokens {
-            request.total += token.energy;
-            request.flops += token.flops;
-        }
-        request
-    }
-
-    fn energy(&self) -> Joules {
-        self.total.joules()
-    }
-}
 
 /// Why no request is counted: the model generates no tokens, or the recipe's request does not fit its
 /// positions.
@@ -70,20 +40,17 @@ pub fn request_too_long(subject: &Subject<'_>) -> Option<String> {
 pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKind) -> Inference {
     let report = &subject.recipe.report;
     let prompt = report.prompt_tokens;
-    let base_shape = ModelShape::with_adapters(
-        subject.architecture,
-        &Adaptation::default(),
-        false,
-        subject.precision(),
-    );
-    let base = request(subject, &base_shape, prompt);
+    let base_shape = ServedShape::new(subject.architecture, subject.precision());
+    let base = &request(subject, &base_shape, prompt);
     let mut models = vec![served(subject, ServedModel::Base, base)];
     match subject.target {
         Target::Lora { adaptation, .. } => {
-            let (saved, precision) = (adaptation.as_saved(), subject.precision());
-            let shape = ModelShape::with_adapters(subject.architecture, &saved, false, precision);
+            let saved = adaptation.as_saved();
+            let shape = base_shape
+                .clone()
+                .with_adapter(subject.architecture, &saved);
             let unmerged = request(subject, &shape, prompt);
-            models.push(served(subject, ServedModel::Adapter, unmerged));
+            models.push(served(subject, ServedModel::Adapter, &unmerged));
             models.push(served(subject, ServedModel::Merged, base));
         }
         Target::All => models.push(served(subject, ServedModel::Trained, base)),
@@ -107,6 +74,7 @@ pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKi
         device: subject.profile.name.clone(),
         prompt_tokens: prompt as u64,
         generated_tokens: report.generated_tokens as u64,
+        batch: report.batch as u64,
         models,
         alternative,
         year,
@@ -115,33 +83,22 @@ pub fn inference_cost(subject: &Subject<'_>, fine_tuning: Joules, meter: MeterKi
 }
 
 /// A request with `prompt` tokens before the generated ones.
-fn request(subject: &Subject<'_>, shape: &ModelShape, prompt: usize) -> Request {
-    let further = prompt..prompt + subject.recipe.report.generated_tokens - 1;
-    let charge = |work: Work| subject.profile.charge(&work);
-    Request::new(
-        charge(shape.prefill(prompt)),
-        further.map(|before| charge(shape.decoding(before))),
-    )
-}
-
-/// A model of which only the size is known: all weights as one square product, attention left out.
-fn larger_request(subject: &Subject<'_>, model: &LargerModel) -> Request {
-    let side = model.parameters.0.sqrt().round().max(1.0) as usize;
-    let charge = |tokens| {
-        let work = Work::product(tokens, side, side, subject.precision());
-        subject.profile.charge(&work)
-    };
+fn request(subject: &Subject<'_>, shape: &ServedShape, prompt: usize) -> RequestCost {
     let report = &subject.recipe.report;
-    let further = std::iter::repeat_n(charge(1), report.generated_tokens - 1);
-    Request::new(charge(report.prompt_tokens), further)
+    let size = RequestSize {
+        prompt,
+        generated: report.generated_tokens,
+        batch: report.batch,
+    };
+    RequestCost::new(subject.profile, shape, size)
 }
 
-fn served(subject: &Subject<'_>, model: ServedModel, request: Request) -> Served {
+fn served(subject: &Subject<'_>, model: ServedModel, request: &RequestCost) -> Served {
     let per_1000_tokens_j = per_1000_tokens(subject, request);
     Served {
         model,
-        request_flops: request.flops,
-        prompt_j: request.prompt.joules(),
+        request_flops: request.flops(),
+        prompt_j: request.prompt_energy(),
         request_j: request.energy(),
         per_1000_tokens_j,
         per_1000_tokens_gco2e: operational_carbon(subject, per_1000_tokens_j),
@@ -166,7 +123,7 @@ fn bounds(subject: &Subject<'_>, energy: Joules) -> Bounds {
     }
 }
 
-fn per_1000_tokens(subject: &Subject<'_>, request: Request) -> Joules {
+fn per_1000_tokens(subject: &Subject<'_>, request: &RequestCost) -> Joules {
     request.energy() * (1000.0 / subject.recipe.report.generated_tokens as f64)
 }
 
@@ -195,7 +152,7 @@ fn year(
 /// The recipe's larger model, else the base model with as many examples in its prompt as fit; `None` if not one fits.
 fn alternative(
     subject: &Subject<'_>,
-    base: &ModelShape,
+    base: &ServedShape,
     tuned: Joules,
     fine_tuning: Joules,
 ) -> Option<Alternative> {
@@ -205,7 +162,7 @@ fn alternative(
     };
     let energy = other.request.energy();
     let saved = energy - tuned;
-    let per_1000_tokens_j = per_1000_tokens(subject, other.request);
+    let per_1000_tokens_j = per_1000_tokens(subject, &other.request);
     Some(Alternative {
         kind: other.kind,
         name: other.name,
@@ -227,7 +184,7 @@ struct Other {
     parameters: u64,
     /// Tokens of its prompt.
     prompt: usize,
-    request: Request,
+    request: RequestCost,
 }
 
 fn larger_model(subject: &Subject<'_>, model: &LargerModel) -> Other {
@@ -241,12 +198,16 @@ fn larger_model(subject: &Subject<'_>, model: &LargerModel) -> Other {
         name,
         parameters: model.parameters.0 as u64,
         prompt: subject.recipe.report.prompt_tokens,
-        request: larger_request(subject, model),
+        request: request(
+            subject,
+            &ServedShape::of_size(model.parameters.0 as u64, subject.precision()),
+            subject.recipe.report.prompt_tokens,
+        ),
     }
 }
 
 /// The base model with examples in its prompt; `None` if not one fits.
-fn few_shot(subject: &Subject<'_>, base: &ModelShape) -> Option<Other> {
+fn few_shot(subject: &Subject<'_>, base: &ServedShape) -> Option<Other> {
     let report = &subject.recipe.report;
     let positions = subject.architecture.max_position_embeddings;
     let room = positions - report.prompt_tokens - report.generated_tokens;
@@ -274,15 +235,19 @@ fn example_tokens(subject: &Subject<'_>) -> usize {
 
 fn assumptions(subject: &Subject<'_>, alternative: Option<&Alternative>) -> Vec<String> {
     let report = &subject.recipe.report;
-    let mut all = vec![
-        format!(
-            "one request at a time in {} on {}, KV cache of {} tokens",
-            subject.precision().as_str(),
-            subject.profile.name,
-            report.prompt_tokens + report.generated_tokens
-        ),
-        "a server that batches requests takes less for each".to_string(),
-    ];
+    let mut all = vec![format!(
+        "{} in {} on {}, KV cache of {} tokens; weights and cache are read once a step, activations are left out",
+        match report.batch {
+            1 => "one request at a time".to_string(),
+            batch => format!("{batch} requests at a time"),
+        },
+        subject.precision().as_str(),
+        subject.profile.name,
+        report.prompt_tokens + report.generated_tokens
+    )];
+    if report.batch == 1 {
+        all.push("a server that batches requests takes less for each".to_string());
+    }
     if !subject.target.is_whole_model() {
         all.push("a merged model executes the base model's operations; the comparison and the year assume it".to_string());
     }

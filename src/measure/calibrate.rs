@@ -1,8 +1,8 @@
 //! Device profile of this machine: GEMM rates, memory bandwidth and power, measured.
 //!
 //! Takes the nearest profile and a compute device, returns that profile with what was measured; rates are those of a frozen
-//! linear layer, bandwidths those of copies. Energy per byte, and power without a counter, stay as in the nearest profile,
-//! which a note says.
+//! linear layer, bandwidths those of copies; with a counter the power of idling, products and copies too. Without one, power stays
+//! as in the nearest profile, which a note says.
 
 mod bandwidth;
 mod time_budget;
@@ -143,12 +143,14 @@ impl Calibrator {
         };
         let load = self.rates(precisions, &mut time, &mut measured, note);
         note("measuring memory bandwidth");
-        let (dram, remark) = bandwidth::dram(&self.device, effort.buffer, time.next())?;
+        let (device, each) = (self.device.clone(), time.next());
+        let ((dram, remark), streaming) =
+            self.with_power(|| bandwidth::dram(&device, effort.buffer, each))?;
         measured.bandwidth = dram.round();
         self.notes.extend(remark);
         measured.caches = self.caches(&mut time, note)?;
         self.notes.extend(time.note());
-        measured.power = self.power(idle, load);
+        measured.power = self.power(idle, load, streaming);
         self.drop_implausible_power(&mut measured);
         let profile = self.base.calibrated(&self.name, &measured).map_err(|e| {
             e.hint("start from a nearer profile: `--like NAME`, names from `wattune devices`")
@@ -201,6 +203,7 @@ impl Calibrator {
                 idle,
                 load,
                 counter,
+                ..
             } = power;
             let why = first_line(&why);
             self.notes
@@ -273,13 +276,19 @@ impl Calibrator {
     }
 
     /// Idle and load power, if both were measured and load is higher.
-    fn power(&mut self, idle: Option<Watts>, load: Option<Watts>) -> Option<MeasuredPower> {
+    fn power(
+        &mut self,
+        idle: Option<Watts>,
+        load: Option<Watts>,
+        streaming: Option<Watts>,
+    ) -> Option<MeasuredPower> {
         let counter = self.counter.as_ref()?.names().join(", ");
         let (idle, load) = idle.zip(load)?;
         if load > idle {
             return Some(MeasuredPower {
                 idle,
                 load,
+                streaming: streaming.filter(|watts| *watts > idle),
                 counter,
             });
         }
@@ -456,8 +465,12 @@ mod tests {
     fn power_is_what_the_counter_rose_by_over_the_time_it_took() {
         // 6 J in 2 s.
         assert_eq!(mean_power(MicroJoules(6_000_000), Seconds(2.0)), Watts(3.0));
-        // Idle, then f32, then bf16: nothing, 5 J, 9 J. Load is the higher power of the two; both windows are at least 10 ms long.
-        let readings = [0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok);
+        // Idle, then f32, bf16 and copies: nothing, 5 J, 9 J, 1 mJ. Load is the higher power of the products; all windows are at least
+        // 10 ms long.
+        let readings = [
+            0, 0, 0, 5_000_000, 10_000_000, 19_000_000, 19_000_000, 19_001_000,
+        ]
+        .map(Ok);
         let done = calibrator(readings.into())
             .measure(QUICK, &mut |_: &str| {})
             .unwrap();
@@ -475,6 +488,10 @@ mod tests {
             (done.profile.idle_w, done.profile.load_w),
             (power.idle, power.load)
         );
+        let streaming = power.streaming.unwrap();
+        let picojoules = streaming.0 / done.measured.bandwidth * 1e12;
+        assert!(streaming <= Watts(0.1), "{streaming}");
+        assert!((done.profile.streamed_pj_per_byte() / picojoules - 1.0).abs() < 1e-9);
         // It is no Raspberry Pi that was measured.
         assert_eq!(
             done.profile.title,
@@ -509,16 +526,17 @@ mod tests {
             Ok(0),
             gap(),
             gap(),
+            Ok(0),
+            gap(),
+            gap(),
         ];
         // More power idle than under load.
-        let upside_down = [0, 9_000_000, 9_000_000, 9_000_000, 9_000_000, 9_000_000]
-            .map(Ok)
-            .into();
-        // A microjoule under load: the profile's own traffic to memory takes more.
-        let tiny = [0, 0, 0, 1, 1, 2].map(Ok).into();
+        let upside_down = [0, 9, 9, 9, 9, 9, 9, 9].map(|joules| Ok(joules * 1_000_000));
+        // A microjoule under load: the traffic to memory takes more.
+        let tiny = [0, 0, 0, 1, 1, 2, 2, 9_000_000].map(Ok).into();
         for (script, words) in [
             (failing, "told to fail"),
-            (upside_down, "idle"),
+            (upside_down.into(), "idle"),
             (tiny, "under load, but moving the operands"),
         ] {
             let done = calibrator(script)
@@ -538,7 +556,10 @@ mod tests {
 
     #[test]
     fn each_cache_behind_the_first_is_measured_or_said_not_to_be() {
-        let done = calibrator([0, 0, 0, 5_000_000, 10_000_000, 19_000_000].map(Ok).into())
+        let readings = [
+            0, 0, 0, 5_000_000, 10_000_000, 19_000_000, 19_000_000, 20_000_000,
+        ];
+        let done = calibrator(readings.map(Ok).into())
             .measure(QUICK, &mut |_: &str| {})
             .unwrap();
         let caches = &done.measured.caches;

@@ -32,6 +32,7 @@ mod quantized_files;
 mod recompute;
 mod residual;
 mod rope_config;
+mod serving;
 mod stored;
 #[cfg(test)]
 mod tests;
@@ -54,6 +55,7 @@ pub use memory::{MemoryForecast, forecast_memory, least_recompute};
 pub use names::{ExpertNames, LinearNames, ModuleNames};
 pub use recompute::Recompute;
 pub use residual::BranchNorms;
+pub use serving::{Pass, PassCost, ServedShape};
 pub(crate) use stored::StoredTensor;
 pub use trainable::{AdapterStart, TrainableModel, initial_values};
 pub use weights::{Weights, random_tensor};

@@ -606,6 +606,8 @@ section! {
         prompt_tokens: usize = default("256").within(SIZE),
         /// Tokens of its answer
         generated_tokens: usize = default("128").within(SIZE),
+        /// Requests that are answered at once
+        batch: usize = default("1").within(SIZE),
         /// What would be prompted instead: a number of parameters, or a hub id that names it
         larger_model: Option<LargerModel> = optional("\"7B\""),
         /// Where no larger model is given: examples in the base model's prompt instead

@@ -11,10 +11,11 @@ pub(super) fn section(inference: Option<&Inference>) -> Vec<Block> {
         return Vec::new();
     };
     let request = format!(
-        "Counted on the profile `{}`, not measured: a request of {} prompt and {} generated tokens; figures include the prompt.",
+        "Counted on the profile `{}`, not measured: a request of {} prompt and {} generated tokens, {} at a time; figures include the prompt.",
         inference.device,
         format::count(inference.prompt_tokens),
-        format::count(inference.generated_tokens)
+        format::count(inference.generated_tokens),
+        inference.batch
     );
     let mut blocks = vec![
         Block::Table(models_table(inference)),

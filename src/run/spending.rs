@@ -125,7 +125,7 @@ fn coefficients(profile: &Profile) -> [(&'static str, &'static str, String); 8] 
     let peak = each(&profile.peak_flops, |rate| format!("{}/s", Flops(rate)));
     let operation = each(&profile.pj_per_flop, |pj| format!("{} pJ", round(pj)));
     let bandwidth = format!("{} GB/s", round(profile.bandwidth * 1e-9));
-    let dram = format!("{} pJ a byte", round(profile.dram_pj_per_byte));
+    let dram = format!("{} pJ a byte", round(profile.streamed_pj_per_byte()));
     [
         ("idle", "idle power", profile.idle_w.to_string()),
         ("load", "power at full load", profile.load_w.to_string()),
@@ -134,7 +134,7 @@ fn coefficients(profile: &Profile) -> [(&'static str, &'static str, String); 8] 
         ("achievable", "what tuned code reaches", achievable),
         ("pj_per_flop", "energy of an operation", operation),
         ("caches", "caches", caches.collect::<Vec<_>>().join(", ")),
-        ("dram", "energy of main memory", dram),
+        ("dram", "energy of a streamed byte", dram),
     ]
 }
 

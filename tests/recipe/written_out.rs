@@ -151,7 +151,7 @@ prop_compose! {
             model: Model { id, revision, file: Some("q8_0.gguf".into()), dtype: Precision::Bf16, init: Init::Random, task: Task::CausalLm, problem_type: ProblemType::MultiLabelClassification, quantization },
             baseline: Baseline { from_scratch, full_fine_tuning, energy_multiple, learning_rate, budget: cap },
             report: Report {
-                requests_per_day, prompt_tokens: 7, generated_tokens: 9, few_shot_examples: 3, larger_model: larger.and_then(LargerModel::parse),
+                requests_per_day, prompt_tokens: 7, generated_tokens: 9, batch: 2, few_shot_examples: 3, larger_model: larger.and_then(LargerModel::parse),
             },
         }
     }
