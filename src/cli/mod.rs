@@ -16,6 +16,7 @@ mod generate;
 mod merge;
 mod meter;
 mod model;
+mod place;
 mod plan;
 mod predict;
 mod push;
@@ -120,6 +121,11 @@ enum Command {
     /// Shows energy and emissions with their intervals, the PUE applied once, and every assumption with its source. Options override
     /// published and assumed values. A published run with contradictory figures is refused.
     Baseline(baseline::Arguments),
+    /// Find where a model answers a request with the least energy: device, power limit, stored format, batch, split
+    ///
+    /// Counts every combination on device profiles and prints the cheapest one within each deadline, those that none beats in both
+    /// energy and latency, whether the memory holds them, and the command that runs each. Loads nothing.
+    Place(place::Arguments),
     /// List device profiles and this machine's energy counters
     ///
     /// Shows the profile of the detected device and how it was recognised, the energy counters this process may read, how to enable the
@@ -209,6 +215,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Report(arguments) => report::run(&arguments, common),
         Command::Compare(arguments) => report::compare(&arguments, common),
         Command::Baseline(arguments) => baseline::run(&arguments, common),
+        Command::Place(arguments) => place::run(&arguments, common),
         Command::Devices(arguments) => devices::run(&arguments, common),
         Command::Meter(arguments) => meter::run(&arguments, common),
         Command::Calibrate(arguments) => calibrate::run(&arguments, common),

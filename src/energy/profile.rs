@@ -114,6 +114,12 @@ pub struct Profile {
     /// [`Profile::streamed_pj_per_byte`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dram_pj_per_byte: Option<f64>,
+    /// Memory that holds weights and caches; of a board sold with several sizes the largest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Bytes>,
+    /// Highest core clock in MHz.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub highest_mhz: Option<f64>,
     /// Factor of every counted joule: measured over counted energy of an earlier run on this
     /// device.
     pub measured_over_counted: Option<f64>,

@@ -198,6 +198,12 @@ fn factors(p: &Profile) -> Vec<Rule> {
             &p.host_share,
         ),
         rule(
+            "highest_mhz",
+            p.highest_mhz.is_none_or(positive),
+            "megahertz, more than zero",
+            &p.highest_mhz,
+        ),
+        rule(
             "embodied_kgco2e",
             embodied.is_none_or(non_negative),
             "kilograms, zero or more",

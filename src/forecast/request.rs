@@ -66,12 +66,17 @@ impl RequestCost {
 
     /// Energy of one request.
     pub fn energy(&self) -> Joules {
-        self.total.energy.joules() / self.batch
+        self.share(self.total.energy.joules())
     }
 
     /// Energy of one request's prompt.
     pub fn prompt_energy(&self) -> Joules {
-        self.prompt.energy.joules() / self.batch
+        self.share(self.prompt.energy.joules())
+    }
+
+    /// One request's share of the batch's `energy`.
+    pub fn share(&self, energy: Joules) -> Joules {
+        energy / self.batch
     }
 
     /// FLOPs of one request.

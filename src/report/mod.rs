@@ -15,6 +15,7 @@ mod finite;
 pub mod format;
 mod history;
 mod inference;
+pub mod place;
 pub mod plan;
 mod sections;
 pub mod steps;

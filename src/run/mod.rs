@@ -27,6 +27,7 @@ mod metering;
 mod model;
 mod model_source;
 mod options;
+mod place;
 mod plan;
 mod predict;
 mod prepare;
@@ -61,6 +62,7 @@ pub use metering::{MeterLine, MeterRequest, Metering};
 pub use model::{find_model, tokenizer_of};
 pub use model_source::{ModelSelection, ModelSource};
 pub use options::data_options;
+pub use place::{PlaceRequest, place_model};
 pub use plan::{Planned, plan};
 pub use predict::{Prediction, Predictions, RecordPrediction, predict};
 pub use prepare::{Prepared, Purpose, prepare};
@@ -82,6 +84,8 @@ pub use crate::data::{
 };
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, GridRef, Interval, MeterKind, Phase, Profile};
+pub use crate::energy::{DeviceRef, Interval, Profile};
+pub use crate::forecast::place::{PlacedRow, Placement};
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,
     baseline_cost, published_runs,
