@@ -6,8 +6,8 @@
 use super::inference::{
     Alternative, AlternativeKind, Bounds, Inference, Served, ServedModel, Year,
 };
-use super::stored_formats::effect_of_formats;
 use super::request::{RequestCost, RequestSize};
+use super::stored_formats::effect_of_formats;
 use super::subject::{Subject, Target, emissions};
 use crate::energy::{Interval, MeterKind, carbon};
 use crate::model::ServedShape;

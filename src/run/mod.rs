@@ -84,7 +84,6 @@ pub use crate::data::{
 };
 pub use crate::energy::sensor::{self, State as SensorState};
 pub use crate::energy::{DeviceRef, GridRef, Interval, MeterKind, Phase, Profile};
-pub use crate::energy::{DeviceRef, Interval, Profile};
 pub use crate::forecast::place::{PlacedRow, Placement};
 pub use crate::forecast::{
     BaselineCost, BaselineRequest, Choice, MeasuredForecast, Method, PublishedFigures, Target,

@@ -75,7 +75,12 @@ pub struct PlaceRequest {
 /// Unknown names, a model that generates nothing, a request longer than the model's positions.
 pub fn place_model(request: &PlaceRequest, progress: &dyn Progress) -> Result<Placement> {
     let source = source(&request.model)?;
-    let files = find_model(&source.id, &source.revision, progress)?;
+    let files = find_model(
+        &source.id,
+        &source.revision,
+        source.file.as_deref(),
+        progress,
+    )?;
     let architecture = architecture_of(&files, Init::Pretrained, Loaded::None, &Device::Cpu)?;
     check(&architecture, request)?;
     let candidates = candidates(request)?;
