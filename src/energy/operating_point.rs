@@ -65,15 +65,14 @@ impl FromStr for OperatingPoint {
         if text == "none" {
             return Ok(Self::None);
         }
-        let units: [(&str, fn(f64) -> Self); 3] = [
-            ("MHz", Self::Clock),
-            ("W", |watts| Self::Power(Watts(watts))),
-            ("%", |percent| Self::Share(percent / 100.0)),
-        ];
-        let parsed = units.into_iter().find_map(|(unit, point)| {
+        let number = |unit: &str| {
             let number: f64 = text.strip_suffix(unit)?.trim().parse().ok()?;
-            (number.is_finite() && number > 0.0).then(|| point(number))
-        });
+            (number.is_finite() && number > 0.0).then_some(number)
+        };
+        let clock = number("MHz").map(Self::Clock);
+        let power = || number("W").map(|watts| Self::Power(Watts(watts)));
+        let share = || number("%").map(|percent| Self::Share(percent / 100.0));
+        let parsed = clock.or_else(power).or_else(share);
         parsed.ok_or_else(|| FORMS.to_string())
     }
 }
