@@ -10,6 +10,8 @@ mod attention;
 mod elementwise;
 #[path = "cuda_kernels/harness.rs"]
 mod harness;
+#[path = "cuda_kernels/library.rs"]
+mod library;
 #[path = "cuda_kernels/norm.rs"]
 mod norm;
 #[path = "cuda_kernels/rows.rs"]

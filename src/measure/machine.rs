@@ -1,5 +1,8 @@
 //! Memory, disk and processor name of this machine.
 
+use candle_core::Device;
+
+use crate::ops::device_memory;
 use crate::units::{Bytes, Seconds};
 
 /// Brand string of the first processor, or "unknown".
@@ -50,7 +53,10 @@ pub fn memory() -> Option<(Bytes, Bytes)> {
     (all > 0).then_some((Bytes(free), Bytes(all)))
 }
 
-/// Available memory.
-pub fn free_memory() -> Option<Bytes> {
-    memory().map(|(free, _)| free)
+/// Available memory of a computing device: a GPU's own, else the machine's.
+pub fn free_memory(device: &Device) -> Option<Bytes> {
+    match device {
+        Device::Cuda(_) => device_memory(device).map(|free| Bytes(free as u64)),
+        _ => memory().map(|(free, _)| free),
+    }
 }

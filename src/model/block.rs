@@ -3,7 +3,6 @@
 //! norms there are, and on q and k too, are the architecture's data.
 
 use candle_core::{DType, Tensor};
-use rand_chacha::rand_core::Rng;
 
 use super::backward::BackwardNeeds;
 use super::kv_cache::KvCache;
@@ -13,8 +12,8 @@ use crate::error::{Error, Kind, Result};
 use crate::ops::{
     Activation, Attention, AttentionSaved, BackwardDepth, Branch, Context, DropoutMask, Experts,
     ExpertsSaved, FeedForward, FeedForwardSaved, Gradients, InputGradient, Linear, LinearInput,
-    LinearSaved, Norm, NormSaved, RopeTables, Segments, backward_shared_input, join_columns,
-    split_columns,
+    LinearSaved, Norm, NormSaved, RopeTables, Segments, StreamRows, backward_shared_input,
+    join_columns, split_columns,
 };
 use crate::random::{self, Purpose};
 
@@ -455,7 +454,7 @@ impl Pass<'_> {
         &self,
         path: &str,
         (rows, width): (usize, usize),
-        position: impl Fn(usize) -> usize + Sync,
+        position: impl Fn(usize) -> usize,
     ) -> DropoutMask {
         let dropout = self.dropout.unwrap_or_default();
         let ranges = self.segments.ranges();
@@ -463,16 +462,18 @@ impl Pass<'_> {
             let key = [dropout.step, *example];
             random::stream(dropout.seed, Purpose::Dropout, &key, path)
         };
-        let streams: Vec<_> = self.examples.iter().map(stream).collect();
-        DropoutMask::sample((rows, width), dropout.p, |row, words| {
-            let token = position(row);
+        let (mut segments, mut tokens) = (Vec::with_capacity(rows), Vec::with_capacity(rows));
+        for token in (0..rows).map(position) {
             let segment = ranges.partition_point(|range| range.end <= token);
-            let mut stream = streams[segment].clone();
-            stream.set_word_pos(((token - ranges[segment].start) * width) as u128);
-            for word in words {
-                *word = stream.next_u32();
-            }
-        })
+            segments.push(segment as u32);
+            tokens.push((token - ranges[segment].start) as u32);
+        }
+        let rows_of_bits = StreamRows {
+            streams: self.examples.iter().map(stream).collect(),
+            segments,
+            tokens,
+        };
+        DropoutMask::from_streams((rows, width), dropout.p, rows_of_bits)
     }
 }
 

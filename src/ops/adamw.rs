@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, Device, InplaceOp2, Layout, Tensor};
 use super::parallel::par_for_each;
 use super::simd::simd;
 use super::storage::{CpuTensor, check_shape};
-use super::{Context, Parameters, Slot};
+use super::{Context, Parameters, Path, Slot, cuda};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -102,7 +102,11 @@ impl AdamW {
     ) -> Result<f64> {
         check_shape("gradient", gradient, &[parameters.len()])?;
         context.counter.add(adamw_cost(parameters.len()));
-        let norm = norm(gradient)?;
+        let norm = if context.path(gradient) == Path::Cuda {
+            cuda::square_sum(gradient)?.sqrt()
+        } else {
+            norm(gradient)?
+        };
         if !norm.is_finite() {
             return Ok(norm);
         }
@@ -121,10 +125,10 @@ impl AdamW {
             root_correction: (1.0 - self.beta2.powf(step as f64)).sqrt() as f32,
             epsilon: self.epsilon as f32,
         };
-        if context.fused(gradient) {
-            parameters.state().inplace_op2(gradient, &fused)?;
-        } else {
-            fused.reference(parameters.state(), gradient)?;
+        match context.path(gradient) {
+            Path::Cpu => parameters.state().inplace_op2(gradient, &fused)?,
+            Path::Cuda => fused.by_kernel(parameters.state(), gradient)?,
+            Path::Device | Path::Reference => fused.reference(parameters.state(), gradient)?,
         }
         Ok(norm)
     }
@@ -215,6 +219,25 @@ impl FusedStep {
         let runs = self.runs.iter();
         let scalars = runs.flat_map(|run| std::iter::repeat_n(scalar(run), run.len));
         Ok((elements * Tensor::from_iter(scalars, elements.device())?)?)
+    }
+
+    /// The step by the CUDA kernel, in place.
+    fn by_kernel(&self, state: &Tensor, gradient: &Tensor) -> Result<()> {
+        let run = |run: &GroupRun| cuda::RunScalars {
+            len: run.len,
+            decay: run.decay,
+            step_size: run.step_size,
+        };
+        let runs: Vec<_> = self.runs.iter().map(run).collect();
+        let scalars = cuda::StepScalars {
+            clip: self.clip,
+            rate1: self.rate1,
+            beta2: self.beta2,
+            rate2: self.rate2,
+            root_correction: self.root_correction,
+            epsilon: self.epsilon,
+        };
+        cuda::adamw(state, gradient, &runs, &scalars)
     }
 
     /// The step in candle primitives on any device; `state` is (3, n), `gradient` (n).

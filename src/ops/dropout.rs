@@ -3,10 +3,13 @@
 //! Takes random bits from the caller; returns masked inputs and gradients. A mask in f32 would be
 //! as large as all other activations that a block saves.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::Rng;
 
+use super::cuda;
 use super::gemm::{CpuSlice, Element};
 use super::parallel::par_for_each;
 use super::simd::simd;
@@ -31,11 +34,36 @@ const WORD: usize = 32;
 /// ```
 #[derive(Debug, Clone)]
 pub struct DropoutMask {
-    /// One bit for each element; each row is padded to words.
-    kept: Arc<[u32]>,
+    bits: Arc<Bits>,
     shape: (usize, usize),
     /// `1 / (1 - p)`, which preserves the mean.
     scale: f32,
+}
+
+/// The random bits of each row: row r takes `words[r] * width` onwards of `streams[segments[r]]`.
+#[derive(Debug, Clone)]
+pub struct StreamRows {
+    /// ChaCha8 streams.
+    pub streams: Vec<ChaCha8Rng>,
+    /// (N).
+    pub segments: Vec<u32>,
+    /// (N): rows of the stream before this one.
+    pub tokens: Vec<u32>,
+}
+
+/// One bit for each element, which is set where it is kept; each row is padded to words. Drawn at the first use, where the
+/// input is.
+#[derive(Debug, Default)]
+struct Bits {
+    host: OnceLock<Vec<u32>>,
+    device: OnceLock<Tensor>,
+    rows: Option<StreamRows>,
+    threshold: u32,
+}
+
+/// The upper 24 bits of a random word are a fraction of 2^24 to compare with p.
+fn threshold(p: f64) -> u32 {
+    (p * f64::from(1 << 24)).ceil() as u32
 }
 
 impl DropoutMask {
@@ -43,32 +71,67 @@ impl DropoutMask {
     /// `draw(row, bits)` fills one row with 32 uniform random bits per element; rows are drawn in
     /// any order and in parallel.
     pub fn sample(shape: (usize, usize), p: f64, draw: impl Fn(usize, &mut [u32]) + Sync) -> Self {
-        let (rows, width) = shape;
-        // The upper 24 bits are a fraction of 2^24 to compare with p.
-        let threshold = (p * f64::from(1 << 24)).ceil() as u32;
-        let words = width.div_ceil(WORD).max(1);
-        let mut kept = vec![0; rows * words];
-        let tasks = kept.chunks_mut(words * ROWS_PER_TASK).enumerate();
-        par_for_each(tasks, |(task, kept)| {
-            let mut drawn = vec![0; words * WORD];
-            for (row, kept) in kept.chunks_exact_mut(words).enumerate() {
-                draw(task * ROWS_PER_TASK + row, &mut drawn[..width]);
-                simd!(|_| {
-                    for (kept, drawn) in kept.iter_mut().zip(drawn.as_chunks::<WORD>().0) {
-                        let mut bits = 0;
-                        for (i, drawn) in drawn.iter().enumerate() {
-                            bits |= u32::from(drawn >> 8 >= threshold) << i;
-                        }
-                        *kept = bits;
-                    }
-                });
-            }
-        });
+        let bits = Bits::default();
+        bits.host
+            .get_or_init(|| draw_bits(shape, threshold(p), draw));
+        Self::new(shape, p, bits)
+    }
+
+    /// The mask of `sample` with the bits of streams, one row of them for each of `shape`.
+    pub fn from_streams(shape: (usize, usize), p: f64, rows: StreamRows) -> Self {
+        assert!(
+            rows.segments.len() == shape.0 && rows.tokens.len() == shape.0,
+            "each row has its bits"
+        );
+        let bits = Bits {
+            rows: Some(rows),
+            threshold: threshold(p),
+            ..Bits::default()
+        };
+        Self::new(shape, p, bits)
+    }
+
+    fn new(shape: (usize, usize), p: f64, bits: Bits) -> Self {
         Self {
-            kept: kept.into(),
+            bits: Arc::new(bits),
             shape,
             scale: (1.0 / (1.0 - p)) as f32,
         }
+    }
+
+    /// The bits (N, words) on the host.
+    fn kept(&self) -> &[u32] {
+        let width = self.shape.1;
+        self.bits.host.get_or_init(|| {
+            let Some(rows) = &self.bits.rows else {
+                return Vec::new();
+            };
+            draw_bits(self.shape, self.bits.threshold, |row, words| {
+                let mut stream = rows.streams[rows.segments[row] as usize].clone();
+                stream.set_word_pos(u128::from(rows.tokens[row]) * width as u128);
+                words.iter_mut().for_each(|word| *word = stream.next_u32());
+            })
+        })
+    }
+
+    /// The bits (N, words) on a CUDA device.
+    pub(super) fn bits(&self, device: &Device) -> Result<Tensor> {
+        if let Some(bits) = self.bits.device.get() {
+            return Ok(bits.clone());
+        }
+        let bits = match &self.bits.rows {
+            Some(rows) => cuda::draw_bits(device, rows, self.shape, self.bits.threshold)?,
+            None => {
+                let shape = (self.shape.0, words_of(self.shape.1));
+                Tensor::from_slice(self.kept(), shape, device)?
+            }
+        };
+        Ok(self.bits.device.get_or_init(|| bits).clone())
+    }
+
+    /// `1 / (1 - p)`.
+    pub(super) fn scale(&self) -> f32 {
+        self.scale
     }
 
     /// The mask in f32 (N, in): 0 or `1 / (1 - p)`.
@@ -104,11 +167,12 @@ impl DropoutMask {
             x.len() == rows * width && out.len() == x.len(),
             "a mask has its input's shape"
         );
-        let words = width.div_ceil(WORD);
+        let words = words_of(width);
+        let kept = self.kept();
         let part = (width * ROWS_PER_TASK).max(1);
         let tasks = out.chunks_mut(part).zip(x.chunks(part)).enumerate();
         par_for_each(tasks, |(task, (out, x))| {
-            let kept = &self.kept[task * ROWS_PER_TASK * words..];
+            let kept = &kept[task * ROWS_PER_TASK * words..];
             simd!(|_| {
                 let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
                 for (row, (out, x)) in rows.enumerate() {
@@ -135,4 +199,36 @@ impl DropoutMask {
     fn factor(&self, word: u32, i: usize) -> f32 {
         ((word >> i) & 1) as f32 * self.scale
     }
+}
+
+/// Words of a row of `width` bits.
+pub(super) fn words_of(width: usize) -> usize {
+    width.div_ceil(WORD).max(1)
+}
+
+/// The bits of rows that `draw` fills with random words, set from `threshold` on.
+fn draw_bits(
+    (rows, width): (usize, usize),
+    threshold: u32,
+    draw: impl Fn(usize, &mut [u32]) + Sync,
+) -> Vec<u32> {
+    let words = words_of(width);
+    let mut kept = vec![0; rows * words];
+    let tasks = kept.chunks_mut(words * ROWS_PER_TASK).enumerate();
+    par_for_each(tasks, |(task, kept)| {
+        let mut drawn = vec![0; words * WORD];
+        for (row, kept) in kept.chunks_exact_mut(words).enumerate() {
+            draw(task * ROWS_PER_TASK + row, &mut drawn[..width]);
+            simd!(|_| {
+                for (kept, drawn) in kept.iter_mut().zip(drawn.as_chunks::<WORD>().0) {
+                    let mut bits = 0;
+                    for (i, drawn) in drawn.iter().enumerate() {
+                        bits |= u32::from(drawn >> 8 >= threshold) << i;
+                    }
+                    *kept = bits;
+                }
+            });
+        }
+    });
+    kept
 }

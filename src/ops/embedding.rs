@@ -2,7 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{Context, Gradients, Lora, StoredFormat, Weight, gather_rows, matmul, residual_cost};
+use super::{
+    Context, Gradients, Lora, Path, StoredFormat, Weight, cuda, gather_rows, matmul, residual_cost,
+};
 use crate::error::Result;
 use crate::work::{Precision, Work};
 
@@ -59,6 +61,9 @@ pub fn embedding_backward(
     let (v, c) = table.dims2()?;
     let cost = embedding_backward_cost(ids.dims1()?, c, v);
     context.counter.add(cost);
+    if context.path(dx) == Path::Cuda {
+        return gradients.add(table, cuda::scatter(dx, ids, v)?);
+    }
     let zeros = Tensor::zeros((v, c), DType::F32, dx.device())?;
     gradients.add(table, zeros.index_add(ids, dx, 0)?)
 }

@@ -2,9 +2,9 @@
 
 use candle_core::{DType, Tensor};
 
-use super::Context;
 use super::parallel::par_for_each;
 use super::storage::{CpuTensor, ROWS_PER_TASK, f32_tensor, uninit_vec};
+use super::{Context, Path, cuda};
 use crate::error::Result;
 use crate::work::Work;
 
@@ -38,6 +38,9 @@ pub fn scatter_cost(n: usize, rows: usize, c: usize) -> Work {
 /// ```
 pub fn gather_rows(context: Context<'_>, x: &Tensor, indices: &Tensor) -> Result<Tensor> {
     let (n, _) = x.dims2()?;
+    if context.path(x) == Path::Cuda {
+        return cuda::gather(x, indices);
+    }
     let Some(indices) = cpu_indices(context, x, indices, n)? else {
         return Ok(x.index_select(indices, 0)?);
     };
@@ -53,6 +56,9 @@ pub fn scatter_rows(
     indices: &Tensor,
     n: usize,
 ) -> Result<Tensor> {
+    if context.path(dx) == Path::Cuda {
+        return cuda::scatter(dx, indices, n);
+    }
     let sources = cpu_indices(context, dx, indices, n)?.and_then(|indices| inverse(&indices, n));
     match sources {
         Some(sources) => select_rows(dx, &sources),

@@ -6,15 +6,16 @@
 //! N tokens of all segments laid end to end, C channels. Knows nothing of models.
 //!
 //! An op has up to three implementations ([`Context`] and the tensor's device choose): a fused CPU
-//! pass, a device pass (CUDA, Metal) with candle-nn's fused forwards, and the reference in candle
-//! primitives, which candle's autograd can follow. Where candle-nn has no kernel, the device runs
-//! the reference.
+//! pass, a device pass, and the reference in candle primitives, which candle's autograd can follow.
+//! The device pass is ours on CUDA (`cuda`: the `.cu` file beside the op, and cuBLAS), else candle-nn's
+//! fused forwards. Where there is neither, the device runs the reference.
 
 mod activation;
 mod adamw;
 mod attention;
 mod columns;
 mod cross_entropy;
+mod cuda;
 mod dropout;
 mod embedding;
 mod experts;
@@ -45,7 +46,8 @@ pub use attention::{
 };
 pub use columns::{columns_cost, join_columns, split_columns};
 pub use cross_entropy::{HeadMasks, LmHead, LmHeadShape, cross_entropy};
-pub use dropout::DropoutMask;
+pub use cuda::{device_memory, open_cuda};
+pub use dropout::{DropoutMask, StreamRows};
 pub use embedding::{
     embedding, embedding_backward, embedding_backward_cost, embedding_cost, lora_embedding,
     lora_embedding_backward, lora_embedding_backward_cost, lora_embedding_cost,
@@ -87,7 +89,9 @@ pub struct Context<'a> {
 enum Path {
     /// The fused CPU pass.
     Cpu,
-    /// candle-nn's fused forwards on CUDA or Metal, and primitives.
+    /// Our kernels on CUDA, and primitives.
+    Cuda,
+    /// candle-nn's fused forwards on Metal, and primitives.
     Device,
     /// Candle primitives on any device.
     Reference,
@@ -126,13 +130,14 @@ impl<'a> Context<'a> {
             return Path::Reference;
         }
         #[cfg(test)]
-        if FORCE_DEVICE_PATH.get() {
-            return Path::Device;
+        if let Some(path) = FORCED_PATH.get() {
+            return path;
         }
-        if x.device().is_cpu() {
-            Path::Cpu
-        } else {
-            Path::Device
+        match x.device() {
+            Device::Cpu => Path::Cpu,
+            // The kernels take f32 and bf16.
+            Device::Cuda(_) if self.precision != Precision::F16 => Path::Cuda,
+            _ => Path::Device,
         }
     }
 
@@ -161,8 +166,8 @@ pub fn dtype(precision: Precision) -> DType {
 thread_local! {
     /// FLOPs of the GEMM calls of this thread, which tests compare with the cost functions.
     static FLOPS_ISSUED: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
-    /// Runs the device path on CPU tensors.
-    static FORCE_DEVICE_PATH: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    /// The path of CPU tensors.
+    static FORCED_PATH: std::cell::Cell<Option<Path>> = const { std::cell::Cell::new(None) };
 }
 
 /// Counts `count` products (m, k) x (k, n); a no-op outside tests.
@@ -185,11 +190,14 @@ fn batched_matmul(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// `a (m, k) x b (k, n) -> (m, n)` in f32: inputs are rounded to the context's precision, sums are
-/// f32, and a result of 16-bit inputs is rounded to their precision once more.
+/// f32; but on CUDA a result of 16-bit inputs is rounded to their precision once more.
 fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let (m, k) = a.dims2()?;
     count_flops(1, m, b.dims2()?.1, k);
     let dtype = dtype(context.precision);
+    if context.path(a) == Path::Cuda {
+        return cuda::product(a, b, dtype);
+    }
     let y = a.to_dtype(dtype)?.matmul(&b.to_dtype(dtype)?)?;
     Ok(y.to_dtype(DType::F32)?)
 }
@@ -197,7 +205,7 @@ fn matmul(context: Context<'_>, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 /// Softmax over the last dimension, and its log-sum-exp (last dimension 1), by candle.
 fn softmax(path: Path, x: &Tensor) -> Result<(Tensor, Tensor)> {
     let max = x.max_keepdim(D::Minus1)?;
-    if path == Path::Device {
+    if matches!(path, Path::Cuda | Path::Device) {
         let p = candle_nn::ops::softmax_last_dim(&x.contiguous()?)?;
         // The largest probability is exp(max - lse).
         let lse = (max - p.max_keepdim(D::Minus1)?.log()?)?;

@@ -107,6 +107,10 @@ impl Norm {
             CpuTensor::borrow_f32(x)?;
             return self.forward_cpu(context, x);
         }
+        if context.path(x) == Path::Cuda {
+            let (y, x) = self.forward_cuda(context, x)?;
+            return Ok((y, NormSaved { x }));
+        }
         let saved = NormSaved {
             x: save_activation(context, x)?,
         };
@@ -116,8 +120,10 @@ impl Norm {
     /// The output, recomputed in the backward pass.
     pub fn recompute(&self, context: Context<'_>, saved: &NormSaved) -> Result<Tensor> {
         self.check_and_count(context, &saved.x)?;
-        if context.path(&saved.x) == Path::Cpu {
-            return Ok(self.forward_cpu(context, &saved.x)?.0);
+        match context.path(&saved.x) {
+            Path::Cpu => return Ok(self.forward_cpu(context, &saved.x)?.0),
+            Path::Cuda => return Ok(self.forward_cuda(context, &saved.x)?.0),
+            Path::Device | Path::Reference => {}
         }
         self.forward_primitives(context, &load_activation(context, &saved.x)?)
     }
@@ -192,6 +198,13 @@ impl Norm {
                 CpuSlice::Bf16(x) => self.backward_cpu(dy, x, base, gradients),
             };
         }
+        if context.path(dy) == Path::Cuda {
+            let (dx, sums) = self.backward_cuda(dy, &saved.x, base)?;
+            if let Some(sums) = sums {
+                self.add_scaled_gradients(&sums, gradients)?;
+            }
+            return Ok(dx);
+        }
         let x = load_activation(context, &saved.x)?;
         let (normed, s) = self.standardize(&x)?;
         if trained {
@@ -209,7 +222,7 @@ impl Norm {
     fn forward_primitives(&self, context: Context<'_>, x: &Tensor) -> Result<Tensor> {
         match context.path(x) {
             Path::Device => self.forward_device(x),
-            Path::Cpu | Path::Reference => self.forward_reference(x),
+            Path::Cpu | Path::Cuda | Path::Reference => self.forward_reference(x),
         }
     }
 
@@ -293,6 +306,19 @@ impl Norm {
         }
         if let Some(bias) = self.bias.as_ref().filter(|bias| bias.is_trained()) {
             gradients.add(bias, (dbias()? * self.factor)?)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the gradients (2, C) of weight and bias, where they are trained.
+    fn add_scaled_gradients(&self, sums: &Tensor, gradients: &mut Gradients) -> Result<()> {
+        for (at, weight) in [Some(&self.weight), self.bias.as_ref()]
+            .into_iter()
+            .enumerate()
+        {
+            if let Some(weight) = weight.filter(|weight| weight.is_trained()) {
+                gradients.add(weight, sums.get(at)?)?;
+            }
         }
         Ok(())
     }

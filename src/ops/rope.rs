@@ -10,6 +10,7 @@ use std::f64::consts::PI;
 use candle_core::{Device, Tensor};
 use half::bf16;
 
+use super::cuda::Rotation;
 use super::gemm::Element;
 use super::parallel::par_for_each;
 use super::simd::simd;
@@ -370,6 +371,15 @@ impl RopeTables {
         context.counter.add(rope_cost(n, c, rotated));
         match context.path(x) {
             Path::Cpu => self.rotate_cpu(context, x, direction),
+            Path::Cuda => {
+                let rotation = Rotation {
+                    tables: [&self.cos, &self.sin],
+                    head_dim: self.head_dim,
+                    interleaved: self.interleaved,
+                    direction,
+                };
+                rotation.run(context, x)
+            }
             Path::Device if !self.interleaved => {
                 self.rotate_channels(x, |x| self.rotate_device(x, direction))
             }

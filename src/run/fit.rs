@@ -80,7 +80,7 @@ impl Fitting<'_> {
         }
         // A model that is quantised already is not quantised again.
         stored.extend(self.stored(Precision::Bf16, Quantization::Nf4).ok());
-        let free = free_memory();
+        let free = free_memory(&candle_core::Device::Cpu);
         let fits = |fit: &Fit| free.is_none_or(|free| (fit.peak.0 as f64) < FILLED * free.0 as f64);
         let tried = || {
             self.lengths()

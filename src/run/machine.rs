@@ -7,6 +7,7 @@ use candle_core::Device;
 use crate::energy::Computing;
 use crate::error::{Error, Kind, Result};
 use crate::measure::machine::cpu_name;
+use crate::ops::open_cuda;
 use crate::report::types::Environment;
 use crate::work::Precision;
 
@@ -48,10 +49,9 @@ impl DeviceChoice {
         match self {
             Self::Auto => automatic(),
             Self::Cpu => Ok((Device::Cpu, Computing::Cpu)),
-            Self::Cuda(index) if cfg!(feature = "cuda") => Ok((
-                Device::new_cuda(index).map_err(unusable)?,
-                Computing::Nvidia(index as u32),
-            )),
+            Self::Cuda(index) if cfg!(feature = "cuda") => {
+                Ok((open_cuda(index)?, Computing::Nvidia(index as u32)))
+            }
             Self::Metal(index) if cfg!(feature = "metal") => Ok((
                 Device::new_metal(index).map_err(unusable)?,
                 Computing::Other,
@@ -75,10 +75,8 @@ fn not_built(kind: &str, index: usize) -> Error {
 
 /// The first accelerator this build and this machine have, else the processor.
 fn automatic() -> Result<(Device, Computing)> {
-    if cfg!(feature = "cuda")
-        && let Ok(device) = Device::new_cuda(0)
-    {
-        return Ok((device, Computing::Nvidia(0)));
+    if cfg!(feature = "cuda") && Device::new_cuda(0).is_ok() {
+        return Ok((open_cuda(0)?, Computing::Nvidia(0)));
     }
     if cfg!(feature = "metal")
         && let Ok(device) = Device::new_metal(0)

@@ -12,7 +12,6 @@ use crate::energy::traffic::DRAM;
 use crate::energy::{Interval, Limit, MeterKind, Spent};
 use crate::error::{Error, Kind, Result};
 use crate::forecast::{Metered, RunForecast, baselines, emissions, forecast_run};
-use crate::measure::machine::free_memory;
 use crate::recipe::Length;
 use crate::report::energy::Meters as MeterTotals;
 use crate::report::plan::{Forecast, Plan, PlannedEnergy, PlannedRun, PlannedTraining};
@@ -40,7 +39,7 @@ pub fn plan(prepared: &Prepared, screen: &mut dyn Screen) -> Result<Planned> {
         ),
         adapter: adapter_block(&prepared.target, &prepared.architecture)?,
         run: Some(planned_run(prepared, kind, &forecast)),
-        memory: memory_block(&prepared.memory, free_memory()),
+        memory: memory_block(&prepared.memory, prepared.room),
         warnings: prepared.warnings.clone(),
         probe: None,
     };

@@ -29,11 +29,12 @@ pub(super) use crate::forecast::Target;
 use crate::forecast::{Subject, forecast_run};
 use crate::hub::{ModelFiles, Progress};
 use crate::measure::machine::free_memory;
-use crate::model::{Architecture, MemoryForecast, ModelShape, Weights};
+use crate::model::{Architecture, MemoryForecast, ModelShape, Recompute, Weights};
 use crate::recipe::{
     Adapter, Checkpointing, DataSource, Init, Length, ModelId, Recipe, Validation,
 };
 use crate::train::{Schedule, Settings, unseen};
+use crate::units::Bytes;
 
 /// What a recipe is prepared for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +79,8 @@ pub struct Prepared {
     pub profile: Profile,
     /// The computing device's profile, where `profile` is of another device.
     pub machine: Option<Profile>,
+    /// Free memory of the computing device.
+    pub room: Option<Bytes>,
     /// The meters of the machine, opened once.
     pub meters: Meters,
     /// The electricity grid.
@@ -180,7 +183,8 @@ pub fn prepare(
     let longest_batch = longest_batch(&sampler, &validation_batches);
     let trained = target.parameters(&architecture);
     let machine = machine_beside(&recipe, &profile, computing);
-    let free = free_memory().filter(|_| purpose == Purpose::Run || machine.is_none());
+    let room = free_memory(device);
+    let free = room.filter(|_| purpose == Purpose::Run || machine.is_none());
     let (recompute, memory) =
         recompute(&recipe, &shape, trained, longest_batch, free, &mut warnings)?;
     warnings.extend(meters.warning().filter(|_| recipe.energy.meter.is_none()));
@@ -190,10 +194,8 @@ pub fn prepare(
     let files_read = local_inputs(&recipe, &files, &profile)?;
     let contents = weights.as_deref().into_iter().chain(records.fingerprints());
     let digest = digest_of(&recipe, files.commit.is_some(), contents, &files_read);
-    let settings = settings(&recipe, sampler.steps_per_epoch(), recompute, digest);
-    check_steps(&settings)?;
-    warnings.extend(profile.note.clone());
-    warnings.extend(warmup_warning(&settings, &budget));
+    let settings = checked_settings(&recipe, &sampler, recompute, digest)?;
+    warnings.extend(last_warnings(&profile, &settings, &budget));
     Prepared {
         started,
         recipe,
@@ -211,6 +213,7 @@ pub fn prepare(
         settings,
         profile,
         machine,
+        room,
         meters,
         grid,
         budget,
@@ -219,6 +222,18 @@ pub fn prepare(
         warnings,
     }
     .with_schedule_over_budget()
+}
+
+/// The settings of a run that has steps.
+fn checked_settings(
+    recipe: &Recipe,
+    sampler: &Sampler,
+    recompute: Recompute,
+    digest: String,
+) -> Result<Settings> {
+    let settings = settings(recipe, sampler.steps_per_epoch(), recompute, digest);
+    check_steps(&settings)?;
+    Ok(settings)
 }
 
 /// What a recipe names, found.
@@ -372,6 +387,12 @@ fn machine_beside(recipe: &Recipe, profile: &Profile, computing: Computing) -> O
     let is_named = matches!(recipe.energy.device, DeviceRef::Named { .. });
     let machine = Profile::of_machine(computing).ok().filter(|_| is_named)?;
     (base(&machine) != base(profile)).then_some(machine)
+}
+
+/// The profile's note and the schedule's warning.
+fn last_warnings(profile: &Profile, settings: &Settings, budget: &Budget) -> Vec<String> {
+    let note = profile.note.clone().into_iter();
+    note.chain(warmup_warning(settings, budget)).collect()
 }
 
 /// A warning if the rate never reaches its peak.

@@ -27,6 +27,7 @@ use crate::model::{Architecture, MemoryForecast};
 use crate::recipe::{DataSource, Recipe, Validation};
 use crate::report::Plan;
 use crate::train;
+use crate::units::Bytes;
 
 /// The plan of `recipe` with a `probe` block from `steps` timed steps. Where the tokenizer or a local data file is missing, the plan has
 /// no run and a warning says what is missing.
@@ -106,6 +107,8 @@ struct ModelParts {
     target: Target,
     settings: train::Settings,
     memory: MemoryForecast,
+    /// Free memory of the device.
+    room: Option<Bytes>,
     warnings: Vec<String>,
 }
 
@@ -129,12 +132,13 @@ impl ModelParts {
         let mut warnings = config_warnings(&target, &architecture)?;
         let tokens = recipe.train.micro_batch_size * recipe.data.max_length;
         let shape = shape_of(recipe, &architecture, &target);
+        let room = free_memory(device);
         let (recompute, memory) = recompute(
             recipe,
             &shape,
             target.parameters(&architecture),
             tokens,
-            free_memory(),
+            room,
             &mut warnings,
         )?;
         // The probe has its step count: neither steps nor epochs matter.
@@ -145,6 +149,7 @@ impl ModelParts {
             target,
             settings,
             memory,
+            room,
             warnings,
         })
     }
@@ -155,7 +160,7 @@ impl ModelParts {
             model: model_block(&recipe.model.id, &self.files, &self.architecture),
             adapter: adapter_block(&self.target, &self.architecture)?,
             run: None,
-            memory: memory_block(&self.memory, free_memory()),
+            memory: memory_block(&self.memory, self.room),
             warnings: [&self.warnings, missing].concat(),
             probe: None,
         })

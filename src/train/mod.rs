@@ -337,8 +337,9 @@ impl Training<'_, '_> {
         Ok(())
     }
 
-    /// Charges the work executed since the last charge.
+    /// Charges the work executed since the last charge, which the device has completed.
     fn charge(&mut self, phase: Phase, step: u64) -> Result<Reading> {
+        self.trainer.decoder.device().synchronize()?;
         let work = self.context.counter.take();
         self.trainer.account.charge(phase, step, &work)
     }

@@ -1,137 +1,16 @@
-//! The kernels, compiled for the host: their library, buffers between guards, launches in several orders.
+//! Buffers between guards, and launches in several orders.
 //!
 //! Takes a kernel's name, its grid and arguments as a CUDA launch does. Knows nothing of what a kernel computes.
 
-use std::ffi::{CString, c_char, c_int, c_uint, c_void};
-use std::fmt::Write;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Mutex, OnceLock};
+use std::ffi::{c_uint, c_void};
 
-use regex::Regex;
+use super::library::{library, run, source_of};
 
 /// Bytes around each buffer, which no kernel may change; their value is NaN in f32 and bf16.
 const GUARD: usize = 64;
 const POISON: u8 = 0xFF;
 /// Order of blocks, and of threads in each: forward, reverse, and two shuffles.
 const ORDERS: [c_uint; 4] = [0, 1, 7, 11];
-
-type Launch = unsafe extern "C" fn(
-    *const c_char,
-    *const [c_uint; 3],
-    *const [c_uint; 3],
-    usize,
-    *mut *mut c_void,
-    c_uint,
-) -> c_int;
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// The kernel sources of the project, and the faulty ones of the tests.
-fn sources() -> Vec<PathBuf> {
-    let of = |pattern: &str| {
-        let pattern = root().join(pattern);
-        let found = glob::glob(pattern.to_str().unwrap()).unwrap();
-        found.map(Result::unwrap).collect::<Vec<_>>()
-    };
-    [of("src/ops/**/*.cu"), of("tests/cuda_kernels/*.cu")].concat()
-}
-
-/// The kernels of a source, as (name, largest number of threads): `KERNEL(threads, name)`, or a macro that expands to it.
-fn kernels_of(source: &str) -> Vec<(String, String)> {
-    let macros =
-        Regex::new(r"(?m)^#define ([A-Z_]+)\(name\b[^\n]*\n\s*KERNEL\((\d+), name\)").unwrap();
-    let direct = Regex::new(r"(?m)^KERNEL\((\d+), (\w+)\)").unwrap();
-    let mut kernels: Vec<_> = direct
-        .captures_iter(source)
-        .map(|found| (found[2].to_string(), found[1].to_string()))
-        .collect();
-    for definition in macros.captures_iter(source) {
-        let used = Regex::new(&format!(r"(?m)^{}\((\w+), ", &definition[1])).unwrap();
-        let names = used.captures_iter(source).map(|name| name[1].to_string());
-        kernels.extend(names.map(|name| (name, definition[2].to_string())));
-    }
-    kernels
-}
-
-/// One C++ file of all kernels and their table.
-fn unit(sources: &[PathBuf]) -> String {
-    let (mut includes, mut table) = (String::new(), String::new());
-    for path in sources {
-        writeln!(includes, "#include {path:?}").unwrap();
-        let kernels = kernels_of(&std::fs::read_to_string(path).unwrap());
-        assert!(!kernels.is_empty(), "{path:?}: no kernel");
-        for (name, threads) in kernels {
-            writeln!(
-                table,
-                "  {{\"{name}\", {threads}, emulation::call<{name}>}},"
-            )
-            .unwrap();
-        }
-    }
-    format!(
-        "{includes}extern const emulation::Kernel KERNELS[] = {{\n{table}  {{nullptr, 0, nullptr}}}};\n"
-    )
-}
-
-/// Compiles the kernels; `None` without a C++ compiler.
-fn compile() -> Option<PathBuf> {
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".into());
-    if Command::new(&compiler).arg("--version").output().is_err() {
-        return None;
-    }
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda_kernels");
-    std::fs::create_dir_all(&folder).unwrap();
-    let library = folder.join(format!("kernels-{}.so", std::process::id()));
-    let generated = library.with_extension("cpp");
-    std::fs::write(&generated, unit(&sources())).unwrap();
-    let emulation = root().join("tests/cuda_kernels");
-    let mut command = Command::new(compiler);
-    // Undefined behaviour ends the process: misaligned vectors, overflow, indices beyond arrays.
-    command.args(["-std=c++17", "-O2", "-g1", "-shared", "-fPIC", "-Wall"]);
-    command.args([
-        "-Wno-unknown-pragmas",
-        "-Werror",
-        "-U_FORTIFY_SOURCE",
-        "-ffp-contract=off",
-    ]);
-    command.args([
-        "-fsanitize=alignment,bounds,shift,signed-integer-overflow",
-        "-fsanitize-undefined-trap-on-error",
-    ]);
-    command.arg("-I").arg(&emulation).arg("-o").arg(&library);
-    command.arg(emulation.join("emulation.cpp")).arg(&generated);
-    let built = command.output().unwrap();
-    assert!(
-        built.status.success(),
-        "{}",
-        String::from_utf8_lossy(&built.stderr)
-    );
-    Some(library)
-}
-
-/// The `launch` function of the compiled kernels; `None` without a C++ compiler.
-fn library() -> Option<&'static Mutex<Launch>> {
-    static LOADED: OnceLock<Option<Mutex<Launch>>> = OnceLock::new();
-    let load = || {
-        let library = compile()?;
-        let path = CString::new(library.to_str().unwrap()).unwrap();
-        // SAFETY: the library was built by `compile`, and `launch` has this signature there.
-        unsafe {
-            let handle = libc::dlopen(path.as_ptr(), libc::RTLD_NOW);
-            assert!(!handle.is_null(), "{library:?} cannot be loaded");
-            let launch = libc::dlsym(handle, c"launch".as_ptr());
-            assert!(!launch.is_null());
-            std::fs::remove_file(&library).unwrap();
-            Some(Mutex::new(std::mem::transmute::<*mut c_void, Launch>(
-                launch,
-            )))
-        }
-    };
-    LOADED.get_or_init(load).as_ref()
-}
 
 /// Device memory between guards.
 pub struct Buffer {
@@ -256,22 +135,9 @@ impl Device {
         shared: usize,
         args: &[Arg],
     ) {
-        let launch = library().expect("a launch has a compiler").lock().unwrap();
-        let name = CString::new(kernel).unwrap();
-        let mut addresses: Vec<_> = args.iter().map(Arg::address).collect();
-        let (grid, block) = (grid.map(|n| n as c_uint), block.map(|n| n as c_uint));
-        // SAFETY: the arguments are those of the kernel, as each test writes them.
-        let status = unsafe {
-            launch(
-                name.as_ptr(),
-                &grid,
-                &block,
-                shared,
-                addresses.as_mut_ptr(),
-                self.order,
-            )
-        };
-        assert_eq!(status, 0, "{kernel}: 1: unknown, 2: too many threads");
+        assert!(source_of(kernel).is_some(), "{kernel}: in no source");
+        let addresses = args.iter().map(Arg::address).collect();
+        run(kernel, grid, block, shared, addresses, self.order);
     }
 }
 

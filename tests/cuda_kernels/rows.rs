@@ -101,7 +101,8 @@ fn gathered_and_scattered_rows_equal_the_reference() {
             let found = in_every_order(&name, |device| {
                 let (table, out) = (x.input(&table), Buffer::f32_output(rows * cols));
                 let indices = Buffer::new(&indices);
-                let args = [table.arg(), indices.arg(), out.arg(), Arg::Int(cols as i32)];
+                let mut args = vec![table.arg(), indices.arg(), out.arg()];
+                args.extend([n, cols].map(|size| Arg::Int(size as i32)));
                 device.launch(&name, [rows, 1, 1], [64, 1, 1], 0, &args);
                 vec![out.f32s()]
             });
@@ -116,7 +117,7 @@ fn gathered_and_scattered_rows_equal_the_reference() {
             let (dx, out) = (Buffer::new(&dx), Buffer::new(&vec![0f32; n * cols]));
             let indices = Buffer::new(&indices);
             let mut args = vec![dx.arg(), indices.arg(), out.arg()];
-            args.extend([rows, cols].map(|size| Arg::Int(size as i32)));
+            args.extend([rows, n, cols].map(|size| Arg::Int(size as i32)));
             device.launch("scatter_rows", [rows, 1, 1], [64, 1, 1], 0, &args);
             vec![out.f32s()]
         });

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::energy::{MeasuredCache, Profile};
 use crate::error::Result;
-use crate::measure::machine::free_memory;
+use crate::measure::machine::memory;
 use crate::ops::dtype;
 use crate::units::Bytes;
 use crate::work::Precision;
@@ -33,7 +33,7 @@ pub(super) fn dram(
     buffer: Bytes,
     each: Duration,
 ) -> Result<(f64, Option<String>)> {
-    let room = free_memory().map_or(buffer.0, |free| free.0 / 8);
+    let room = memory().map_or(buffer.0, |(free, _)| free.0 / 8);
     let bytes = buffer.0.min(room).max(CHUNK as u64) as usize;
     if device.is_cpu() {
         let (source, mut target) = (vec![1u8; bytes], vec![0u8; bytes]);

@@ -144,6 +144,10 @@ impl Activation {
         }
         let cost = self.cost(gate.elem_count(), up.is_some());
         context.counter.add(cost);
+        if context.path(gate) == Path::Cuda {
+            let (y, gate, up) = self.forward_cuda(context, gate, up)?;
+            return Ok((y, ActivationSaved { gate, up }));
+        }
         if context.path(gate) != Path::Cpu {
             let save = |x| save_activation(context, x);
             let saved = ActivationSaved {
@@ -190,6 +194,9 @@ impl Activation {
         let up = up.as_ref();
         let cost = self.cost(gate.elem_count(), up.is_some());
         context.counter.add(cost);
+        if context.path(gate) == Path::Cuda {
+            return Ok(self.forward_cuda(context, gate, up)?.0);
+        }
         if context.path(gate) != Path::Cpu {
             let gate = load_activation(context, gate)?;
             let up = up.map(|up| load_activation(context, up)).transpose()?;
@@ -266,6 +273,9 @@ impl Activation {
                 Precision::F32 | Precision::F16 => self.backward_cpu::<f32>(dy, saved),
             };
         }
+        if path == Path::Cuda {
+            return self.backward_cuda(context, dy, gate, up.as_ref());
+        }
         let (value, slope) = self.reference_slope(path, &load_activation(context, gate)?)?;
         let Some(up) = up else {
             return Ok(((dy * slope)?, None));
@@ -278,7 +288,7 @@ impl Activation {
     fn reference_slope(self, path: Path, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let sigmoid = |x: &Tensor| match path {
             Path::Device => candle_nn::ops::sigmoid(x),
-            Path::Cpu | Path::Reference => (x.neg()?.exp()? + 1.0)?.recip(),
+            Path::Cpu | Path::Cuda | Path::Reference => (x.neg()?.exp()? + 1.0)?.recip(),
         };
         Ok(match self {
             Self::Silu => {

@@ -225,6 +225,7 @@ impl Attention {
         let v = save_activation(context, &v)?;
         let (out, lse) = match context.path(&q) {
             Path::Cpu => self.forward_cpu(context, [&q, &k, &v], segments)?,
+            Path::Cuda if self.has_kernel(context) => self.forward_cuda([&q, &k, &v], segments)?,
             path => {
                 let wide = |x: &Tensor| load_activation(context, x);
                 self.forward_reference(path, [&wide(&q)?, &wide(&k)?, &wide(&v)?], segments)?
@@ -262,6 +263,10 @@ impl Attention {
         context.counter.add(cost);
         if context.path(dout) == Path::Cpu {
             return self.backward_cpu(context, dout, saved, segments);
+        }
+        if context.path(dout) == Path::Cuda && self.has_kernel(context) {
+            let AttentionSaved { q, k, v, out, lse } = saved;
+            return self.backward_cuda(dout, [q, k, v], out, lse, segments);
         }
         let wide = |x: &Tensor| load_activation(context, x);
         let saved = AttentionSaved {

@@ -22,7 +22,7 @@ use super::storage::{CpuTensor, ELEMENTS_PER_TASK, check_shape, f32_tensor};
 use super::token_rows::{TokenRows, token_logits_backward_cost, token_logits_cost};
 use super::{
     Context, DropoutMask, Gradients, InputGradient, Linear, LinearShape, Lora, LoraShape, Path,
-    StoredFormat, Weight, matmul, softmax,
+    StoredFormat, Weight, cuda, dtype, matmul, softmax,
 };
 use crate::error::{Error, Kind, Result};
 use crate::work::{Precision, Work, WorkCounter};
@@ -350,6 +350,7 @@ impl LmHead {
         };
         let (losses, dz) = match context.path(h) {
             Path::Cpu => op.in_place(logits)?,
+            Path::Cuda => op.by_kernel(context, &logits)?,
             path => op.reference(path, logits)?,
         };
         let Some((backward, dz)) = backward.zip(dz) else {
@@ -395,6 +396,14 @@ impl CrossEntropy<'_> {
         let minus_one = Tensor::full(-1f32, targets.shape(), logits.device())?;
         let dz = (p.scatter_add(&targets, &minus_one, 1)? * scale)?;
         Ok((losses, Some(capped_gradient(dz, &logits, self.softcap)?)))
+    }
+
+    /// The same by the CUDA kernel, with gradients in the compute type.
+    fn by_kernel(&self, context: Context<'_>, logits: &Tensor) -> Result<Losses> {
+        let targets = Tensor::from_slice(self.targets, self.targets.len(), logits.device())?;
+        let dtype = dtype(context.precision);
+        let (losses, dz) = cuda::cross_entropy(logits, &targets, self.scale, self.softcap, dtype)?;
+        Ok((losses.to_vec1()?, dz))
     }
 
     /// The same on the CPU: the gradients replace the logits.
@@ -470,6 +479,7 @@ pub fn cross_entropy(
     };
     match context.path(&logits) {
         Path::Cpu => op.in_place(logits),
+        Path::Cuda => op.by_kernel(context.in_f32(), &logits),
         path => op.reference(path, logits),
     }
 }

@@ -189,9 +189,12 @@ impl Branch<'_> {
             let dxa = (matmul(context, dy, &lora.b.tensor)? * lora.scaling)?; // (N, r)
             let db = (matmul(context, &dy.t()?, &saved.xa)? * lora.scaling)?;
             gradients.add(&lora.b, db)?;
-            gradients.add(&lora.a, matmul(context, &dxa.t()?, &masked(x, mask)?)?)?;
+            gradients.add(
+                &lora.a,
+                matmul(context, &dxa.t()?, &masked(context, x, mask)?)?,
+            )?;
             if let Some(sum) = dx {
-                dx = Some((sum + masked(&matmul(context, &dxa, &lora.a.tensor)?, mask)?)?);
+                dx = Some((sum + masked(context, &matmul(context, &dxa, &lora.a.tensor)?, mask)?)?);
             }
         }
         Ok(dx)

@@ -120,7 +120,7 @@ impl Linear {
             }
             Some(mask) => {
                 let x = input.tensor()?.to_dtype(DType::F32)?;
-                let dropped = masked(&x, Some(mask))?;
+                let dropped = masked(context, &x, Some(mask))?;
                 let (v, saved) = inner.forward(context, &dropped, None, None)?;
                 let rest = (x - dropped)?;
                 let (rest, _) = self.plain().forward(context, &rest, None, None)?;
@@ -179,7 +179,7 @@ impl Branch<'_> {
         let inner = self.linear.without_magnitude();
         let mask = saved.mask.as_ref();
         let x = x.map(LinearInput::tensor).transpose()?;
-        let x = x.map(|x| masked(x, mask)).transpose()?;
+        let x = x.map(|x| masked(context, x, mask)).transpose()?;
         let wanted = InputGradient::when(input_gradient);
         let dx = inner.backward(context, &dv, x.as_ref(), &saved.inner, wanted, gradients)?;
         let (Some(dx), Some(mask)) = (&dx, mask) else {
@@ -194,6 +194,6 @@ impl Branch<'_> {
             gradients,
         )?;
         let Some(dw) = dw else { return Ok(None) };
-        Ok(Some((&dw + masked(&(dx - &dw)?, Some(mask))?)?))
+        Ok(Some((&dw + masked(context, &(dx - &dw)?, Some(mask))?)?))
     }
 }

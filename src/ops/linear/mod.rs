@@ -22,7 +22,7 @@ use super::gemm::{
 use super::storage::{
     CpuTensor, check_dims, check_shape, f32_tensor, load_activation, to_f32_contiguous,
 };
-use super::{Context, Path, Weight, matmul, residual_cost};
+use super::{Context, Path, Weight, cuda, matmul, residual_cost};
 use crate::error::{Error, Kind, Result};
 use crate::work::Precision;
 
@@ -270,7 +270,11 @@ impl Linear {
         }
         let mut saved = LinearSaved::default();
         if let Some(lora) = &self.lora {
-            let xa = matmul(context, &masked(x, mask.as_ref())?, &lora.a.tensor.t()?)?;
+            let xa = matmul(
+                context,
+                &masked(context, x, mask.as_ref())?,
+                &lora.a.tensor.t()?,
+            )?;
             let scaled = (&xa * lora.scaling)?; // (N, r): the smallest place to scale
             y = (y + matmul(context, &scaled, &lora.b.tensor.t()?)?)?;
             saved.lora = Some(LoraSaved { mask, xa });
@@ -385,8 +389,9 @@ fn count_base(context: Context<'_>, base: Option<&Tensor>, shape: &[usize; 2]) -
     Ok(())
 }
 
-fn masked(x: &Tensor, mask: Option<&DropoutMask>) -> Result<Tensor> {
+fn masked(context: Context<'_>, x: &Tensor, mask: Option<&DropoutMask>) -> Result<Tensor> {
     Ok(match mask {
+        Some(mask) if context.path(x) == Path::Cuda => cuda::masked(mask, x, DType::F32)?,
         Some(mask) => (x.to_dtype(DType::F32)? * mask.tensor(x.device())?)?,
         None => x.clone(),
     })

@@ -10,6 +10,7 @@ mod adamw;
 mod attention;
 mod columns;
 mod costs;
+mod cuda;
 mod dora;
 mod dropout;
 mod elementwise;
@@ -28,7 +29,7 @@ use proptest::test_runner::Config;
 
 use super::gemm::{FORCED_ISA, Isa, available};
 use super::{
-    Attention, Context, DropoutMask, FLOPS_ISSUED, FORCE_DEVICE_PATH, Linear, Lora, Parameters,
+    Attention, Context, DropoutMask, FLOPS_ISSUED, FORCED_PATH, Linear, Lora, Parameters, Path,
     Weight,
 };
 use crate::error::Result;
@@ -46,6 +47,8 @@ type Outputs = (Tensor, Vec<Option<Tensor>>);
 #[derive(Clone, Copy)]
 enum Implementation {
     Reference,
+    /// Our CUDA kernels, compiled for the host.
+    Cuda,
     /// candle-nn's kernels, on the CPU device.
     Device,
     Fused(&'static Isa),
@@ -55,12 +58,17 @@ impl Implementation {
     /// Every implementation that this machine can run.
     fn all() -> impl Iterator<Item = Self> {
         let fused = available().iter().map(|isa| Self::Fused(isa));
-        [Self::Reference, Self::Device].into_iter().chain(fused)
+        let cuda = super::cuda::backend::is_available().then_some(Self::Cuda);
+        [Self::Reference, Self::Device]
+            .into_iter()
+            .chain(cuda)
+            .chain(fused)
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Reference => "reference",
+            Self::Cuda => "cuda",
             Self::Device => "device",
             Self::Fused(isa) => isa.name,
         }
@@ -73,12 +81,16 @@ impl Implementation {
             reference: matches!(self, Self::Reference),
             ..Context::new(&counter, precision)
         };
-        FORCE_DEVICE_PATH.set(matches!(self, Self::Device));
+        FORCED_PATH.set(match self {
+            Self::Cuda => Some(Path::Cuda),
+            Self::Device => Some(Path::Device),
+            Self::Reference | Self::Fused(_) => None,
+        });
         let done = match self {
             Self::Fused(isa) => with(isa, || work(context)),
-            Self::Reference | Self::Device => work(context),
+            Self::Reference | Self::Cuda | Self::Device => work(context),
         };
-        FORCE_DEVICE_PATH.set(false);
+        FORCED_PATH.set(None);
         done
     }
 }

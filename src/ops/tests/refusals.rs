@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use super::super::gemm::best;
 use super::super::{
     Activation, Attention, BackwardDepth, Context, FeedForward, Gradients, InputGradient, Linear,
-    LinearInput, LmHead, Norm, NormKind, Parameters, Rope, RopeScaling, RopeTables, Segments,
+    LinearInput, LmHead, Norm, NormKind, Parameters, Path, Rope, RopeScaling, RopeTables, Segments,
     Weight, embedding, embedding_backward,
 };
 use super::adamw::ADAMW;
@@ -271,6 +271,10 @@ fn an_id_beyond_the_table_is_refused() {
     let table = trained(&tensor(&[0.0; 6], &[3, 2]));
     let ids = Tensor::new(&[0u32, 3], &Device::Cpu).unwrap();
     for_each_path(|context| {
+        if context.path(&table.tensor) == Path::Cuda {
+            // A kernel cannot refuse: see `rows_are_gathered_and_scattered_as_candle_does`.
+            return;
+        }
         says("index", embedding(context, &ids, &table));
         let (dx, gradients) = (random(1, &[2, 2]), &mut Gradients::new(1));
         says(
