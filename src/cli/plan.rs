@@ -183,7 +183,7 @@ pub(super) fn ending(training: &PlannedTraining) -> String {
         Stop::Steps => "step limit".to_string(),
         Stop::Epochs => "epoch limit".to_string(),
         Stop::Budget(limit) => format!("{limit} budget"),
-        stop @ (Stop::Interrupted | Stop::Diverged(_)) => stop.to_string(),
+        stop @ (Stop::EarlyStopping | Stop::Interrupted | Stop::Diverged(_)) => stop.to_string(),
     };
     match training.steps_requested {
         Some(requested) if requested > training.steps => {

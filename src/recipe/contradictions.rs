@@ -17,6 +17,7 @@ pub(super) fn note(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
     layers_without_names(recipe, reader);
     cost_without_price(recipe, reader);
     measured_baselines(recipe, reader);
+    early_stopping(recipe, reader);
 }
 
 fn lora_keys_without_lora(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
@@ -173,4 +174,30 @@ fn measured_baselines(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
         recipe.adapter == Adapter::None,
         "trains every weight",
     );
+}
+
+/// Early stopping needs evaluations during the run.
+fn early_stopping(recipe: &Recipe, reader: &mut Reader<'_, '_>) {
+    let patience = reader.span(&train::early_stopping);
+    let gain = reader.span(&train::early_stopping_gain);
+    let (span, what, hint) = match (patience, gain) {
+        (None, Some(span)) if recipe.train.early_stopping_gain > 0.0 => (
+            span,
+            "`train.early_stopping_gain` has no meaning without `train.early_stopping`",
+            "write `early_stopping = 3` beside it, or remove it",
+        ),
+        (Some(span), _) if recipe.data.validation == Validation::None => (
+            span,
+            "`train.early_stopping` needs validation records, which are missing",
+            "under `[data]` add `validation_fraction = 0.05`, or `validation = \"validation.jsonl\"`",
+        ),
+        (Some(span), _) if recipe.train.eval_every == 0 => (
+            span,
+            "`train.early_stopping` needs evaluations during the run, and `eval_every` is 0",
+            "write `eval_every = 50`",
+        ),
+        _ => return,
+    };
+    let rule = "a run stops early by its validation loss";
+    reader.diagnostics.add(span, what, rule, hint);
 }

@@ -468,6 +468,12 @@ section! {
         save_total_limit: usize = default("3").within(SIZE),
         /// Keep the checkpoint of lowest validation loss
         keep_best: bool = default("true").known_as(&["load_best_model_at_end"]),
+        /// Stop after so many evaluations in a row without a lower validation loss
+        early_stopping: Option<u64> = optional("3").within(SIZE)
+            .known_as(&["early_stopping_patience", "patience"]),
+        /// Only a fall of so many nats per kilojoule since the lowest loss counts as lower
+        early_stopping_gain: f64 = default("0.0").within(NOT_NEGATIVE)
+            .known_as(&["early_stopping_threshold", "min_delta"]),
         /// Recompute activations to save memory
         activation_checkpointing: Checkpointing = default("\"auto\"")
             .known_as(&["gradient_checkpointing", "grad_checkpoint"]),

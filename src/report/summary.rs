@@ -116,6 +116,9 @@ fn stop(report: &Report) -> String {
         }
         Stop::Steps => format!("It stopped after the requested {steps}."),
         Stop::Epochs => format!("It stopped after the requested epochs, {steps}."),
+        Stop::EarlyStopping => {
+            format!("It stopped early, after {steps}: the validation loss fell too little.")
+        }
         Stop::Interrupted => "It was interrupted; progress is saved.".to_string(),
         Stop::Diverged(_) => "It diverged: a loss or gradient was not finite.".to_string(),
     };

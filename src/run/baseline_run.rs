@@ -205,6 +205,7 @@ impl<'a> BaselineRun<'a> {
     ) -> Result<Stop> {
         let settings = Settings {
             target_loss,
+            early_stopping: None,
             ..self.setup.settings(steps, self.equal)
         };
         let segment = Segment {
@@ -318,8 +319,10 @@ fn stop_reason(stop: &Stop, step: u64, equal: u64, above: bool) -> BaselineStop 
         _ if step > equal && !above => BaselineStop::EqualLoss,
         Stop::Budget(_) => BaselineStop::Budget,
         Stop::Interrupted => BaselineStop::Interrupted,
-        Stop::Steps | Stop::Epochs if step == equal => BaselineStop::EqualEnergy,
-        Stop::Steps | Stop::Epochs => BaselineStop::EnergyMultiple,
+        Stop::Steps | Stop::Epochs | Stop::EarlyStopping if step == equal => {
+            BaselineStop::EqualEnergy
+        }
+        Stop::Steps | Stop::Epochs | Stop::EarlyStopping => BaselineStop::EnergyMultiple,
     }
 }
 

@@ -4,7 +4,7 @@ use crate::data::{self, LabelKind};
 use crate::model::Recompute;
 use crate::ops::AdamW;
 use crate::recipe::{self, Adapter, Length, ProblemType, Recipe, Task};
-use crate::train::{Schedule, Settings};
+use crate::train::{EarlyStopping, Schedule, Settings};
 
 /// Steps of a run, at most: a plan plays each of them through.
 pub(super) const MAX_STEPS: u64 = 10_000_000;
@@ -73,12 +73,20 @@ pub(super) fn settings(
         save_every: train.save_every,
         keep_best: train.keep_best && recipe.data.validation != recipe::Validation::None,
         target_loss: None,
+        early_stopping: early_stopping(train),
         recompute,
         dropout: lora.map_or(0.0, |lora| lora.config.lora_dropout),
         seed: recipe.seed,
         precision: recipe.model.dtype,
         recipe: digest,
     }
+}
+
+fn early_stopping(train: &recipe::Train) -> Option<EarlyStopping> {
+    train.early_stopping.map(|patience| EarlyStopping {
+        patience,
+        gain_per_kj: train.early_stopping_gain,
+    })
 }
 
 /// The learning rate over `steps` steps.

@@ -20,6 +20,7 @@ use crate::model::StoredTensor;
 use crate::ops::Parameters;
 
 use super::Stop;
+use super::early_stopping::Waited;
 use super::metrics::Metrics;
 
 /// File of the loop's state.
@@ -40,6 +41,9 @@ pub struct TrainState {
     pub val_loss_last: Option<Evaluation>,
     /// The evaluation with the lowest loss.
     pub best: Option<Evaluation>,
+    /// How long early stopping has waited.
+    #[serde(default)]
+    pub waited: Waited,
     /// The last step's loss.
     pub train_loss_last: Option<f64>,
     /// Tokens trained on.

@@ -6,6 +6,7 @@
 //! prints: an `Observer` receives the events.
 
 mod checkpoint;
+mod early_stopping;
 mod forecast;
 pub mod metrics;
 mod record;
@@ -17,6 +18,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use checkpoint::{Checkpoints, Evaluation, TrainState, checkpoint_bytes};
+pub use early_stopping::{EarlyStopping, Waited};
 pub use forecast::{BudgetProgress, Forecast, Scheduled, StepCosts, forecast, unseen};
 pub use record::{StepEnergy, StepRecord, Stop};
 pub use schedule::{Decay, Schedule};
@@ -76,6 +78,8 @@ pub struct Settings {
     pub keep_best: bool,
     /// Ends the run at the first evaluation at or below this loss, as if its steps were done.
     pub target_loss: Option<f64>,
+    /// Ends the run once the validation loss falls too little.
+    pub early_stopping: Option<EarlyStopping>,
     /// Activation checkpointing.
     pub recompute: Recompute,
     /// LoRA dropout probability.
@@ -210,9 +214,17 @@ impl Training<'_, '_> {
                 "the validation loss is not finite before the first step",
             ));
         }
+        self.note_loss(evaluation.val_loss);
         self.state.val_loss_before = Some(evaluation.val_loss);
         self.state.val_loss_last = Some(evaluation);
         Ok(())
+    }
+
+    fn note_loss(&mut self, val_loss: f64) {
+        if let Some(rule) = self.trainer.settings.early_stopping {
+            let spent = self.trainer.account.spent().energy.joules();
+            rule.note(&mut self.state.waited, val_loss, spent);
+        }
     }
 
     fn is_interrupted(&self) -> bool {
@@ -227,8 +239,11 @@ impl Training<'_, '_> {
             .target_loss
             .zip(loss)
             .is_some_and(|(target, loss)| loss <= target);
+        let rule = settings.early_stopping;
         if self.state.step == settings.steps || on_target {
             Some(settings.last_step())
+        } else if rule.is_some_and(|rule| rule.is_over(&self.state.waited)) {
+            Some(Stop::EarlyStopping)
         } else {
             self.is_interrupted().then_some(Stop::Interrupted)
         }
@@ -263,6 +278,7 @@ impl Training<'_, '_> {
                 evaluation.step
             )));
         }
+        self.note_loss(evaluation.val_loss);
         self.state.val_loss_last = Some(evaluation);
         let best = self.state.best;
         if best.is_none_or(|best| evaluation.val_loss < best.val_loss) {

@@ -67,6 +67,8 @@ pub enum Stop {
     Epochs,
     /// The next step would have exceeded this budget.
     Budget(Limit),
+    /// The validation loss fell too little.
+    EarlyStopping,
     /// Interrupted by the user.
     Interrupted,
     /// A loss or gradient was not finite; the text names step and records, and is not part of the
@@ -76,7 +78,7 @@ pub enum Stop {
 
 impl Stop {
     /// Every reason, in the order of the recipe reference.
-    const ALL: [Stop; 9] = [
+    const ALL: [Stop; 10] = [
         Stop::Steps,
         Stop::Epochs,
         Stop::Budget(Limit::Energy),
@@ -84,6 +86,7 @@ impl Stop {
         Stop::Budget(Limit::Flops),
         Stop::Budget(Limit::Time),
         Stop::Budget(Limit::Cost),
+        Stop::EarlyStopping,
         Stop::Interrupted,
         Stop::Diverged(String::new()),
     ];
@@ -96,7 +99,7 @@ impl Stop {
         }
     }
 
-    /// Whether the run reached its end: steps, epochs or a budget.
+    /// Whether the run reached its end: steps, epochs, a budget or a loss that falls no more.
     pub fn is_regular(&self) -> bool {
         !matches!(self, Stop::Interrupted | Stop::Diverged(_))
     }
@@ -108,6 +111,7 @@ impl fmt::Display for Stop {
             Stop::Steps => f.write_str("steps"),
             Stop::Epochs => f.write_str("epochs"),
             Stop::Budget(limit) => write!(f, "budget:{}", limit.as_str()),
+            Stop::EarlyStopping => f.write_str("early_stopping"),
             Stop::Interrupted => f.write_str("interrupted"),
             Stop::Diverged(_) => f.write_str("diverged"),
         }
@@ -145,7 +149,7 @@ mod tests {
     #[test]
     fn stop_reasons_are_the_contracts_and_round_trip() {
         // Typed from the contract, in its order.
-        let contract = "steps epochs budget:energy budget:carbon budget:flops budget:time budget:cost interrupted diverged";
+        let contract = "steps epochs budget:energy budget:carbon budget:flops budget:time budget:cost early_stopping interrupted diverged";
         let ours: Vec<_> = Stop::ALL
             .iter()
             .map(|stop| serde_json::to_value(stop).unwrap())

@@ -353,6 +353,7 @@ mod tests {
             save_every,
             keep_best: save_every == 0,
             target_loss: None,
+            early_stopping: None,
             recompute,
             dropout: 0.1,
             seed: 1,

@@ -108,7 +108,7 @@ prop_compose! {
             length, warmup, learning_rate, adam_epsilon, adam_beta1, adam_beta2, weight_decay, max_grad_norm, eval_every, keep_best,
             class_weights: vec![("yes".into(), 2.5), ("no (C++)".into(), 0.1)],
             micro_batch_size: 3, gradient_accumulation_steps: 5, schedule: Decay::Cosine, save_every: 7, save_total_limit: 9,
-            activation_checkpointing,
+            activation_checkpointing, early_stopping: None, early_stopping_gain: 0.0,
         }
     }
 }

@@ -38,6 +38,7 @@ pub(super) const AXOLOTL: Trainer = Trainer {
         ("adam_beta2", "train.adam_beta2"),
         ("adam_epsilon", "train.adam_epsilon"),
         ("save_total_limit", "train.save_total_limit"),
+        ("early_stopping_patience", "train.early_stopping"),
     ],
     defaults: &[
         ("data.max_length", "512"),

@@ -36,6 +36,7 @@ pub(super) const LLAMA_FACTORY: Trainer = Trainer {
         ("adam_beta2", "train.adam_beta2"),
         ("adam_epsilon", "train.adam_epsilon"),
         ("save_total_limit", "train.save_total_limit"),
+        ("early_stopping_steps", "train.early_stopping"),
         ("load_best_model_at_end", "train.keep_best"),
     ],
     defaults: &[
