@@ -10,8 +10,9 @@ use crate::error::{Error, Kind, Result};
 use crate::recipe::{Quantization, Recipe};
 use crate::run::Screen as _;
 use crate::run::{
-    self, Classification, DataOptions, Device, Divergence, Evaluation, EvaluationJob, Format,
-    ModelRequest, ModelSelection, ModelSource, OnBadRecord, PromptTemplate, TxtUnit,
+    self, ChoiceJob, Classification, DataOptions, Device, Divergence, Evaluation, EvaluationJob,
+    Format, GenerationScores, ModelRequest, ModelSelection, ModelSource, OnBadRecord,
+    PromptTemplate, TxtUnit,
 };
 
 #[derive(Debug, clap::Args)]
@@ -39,6 +40,20 @@ pub(super) struct Arguments {
     /// Records per forward pass [default: the run's, else 8]
     #[arg(long)]
     micro_batch_size: Option<usize>,
+    /// Read multiple-choice records and give acc and acc_norm, as lm-evaluation-harness
+    ///
+    /// A record has a prompt (or question, query, context), choices (or options, endings) and a label (or answer, gold, answerKey): an
+    /// index from 0, a letter, or the text of the choice.
+    #[arg(long, conflicts_with_all = ["format", "prompt_template", "max_length", "micro_batch_size", "against"])]
+    multiple_choice: bool,
+    /// Generate an answer to each prompt and compare it with the record's: exact match, ROUGE, BLEU
+    ///
+    /// ROUGE as rouge-score without stemming, BLEU as sacrebleu; answers are greedy.
+    #[arg(long, conflicts_with_all = ["multiple_choice", "against"])]
+    generate: bool,
+    /// Tokens of a generated answer at most
+    #[arg(long, default_value_t = 128, requires = "generate")]
+    max_new_tokens: usize,
     /// Evaluate only the first N records
     #[arg(long)]
     limit: Option<usize>,
@@ -54,6 +69,23 @@ impl Arguments {
 
     pub(super) fn device(&self) -> Result<Device> {
         self.compute.open()
+    }
+
+    /// Refuses options of `eval` that `predict` does not have.
+    pub(super) fn check_predicts(&self) -> Result<()> {
+        let options = [
+            (self.multiple_choice, "--multiple-choice"),
+            (self.generate, "--generate"),
+        ];
+        match options.into_iter().find(|(given, _)| *given) {
+            None => Ok(()),
+            Some((_, option)) => Err(Error::new(
+                Kind::Usage,
+                "classes are predicted, nothing else",
+            )
+            .at(option)
+            .hint(format!("use `wattune eval {option}`"))),
+        }
     }
 
     /// The job on the model of `source`.
@@ -91,9 +123,17 @@ pub(super) fn run(arguments: &Arguments, common: Common) -> Result<ExitCode> {
     let source = arguments.source()?;
     let device = arguments.device()?;
     let mut screen = Terminal::new(common.quiet);
+    if arguments.multiple_choice {
+        return multiple_choice(arguments, &source, &device, &mut screen, common);
+    }
     let job = arguments.job(&source, &device, &mut screen)?;
     if let Some(reference) = &arguments.against {
         return compare(&job, reference, &mut screen, common);
+    }
+    if arguments.generate {
+        let scores = run::evaluate_generations(&job, arguments.max_new_tokens, &mut screen)?;
+        screen.clear();
+        return generations(&scores, common);
     }
     let result = run::evaluate(&job, &mut screen)?;
     screen.clear();
@@ -151,6 +191,55 @@ pub(super) fn divergence_text(found: &Divergence) -> String {
         100.0 * found.same_top,
         found.loss_tokens
     )
+}
+
+fn generations(scores: &GenerationScores, common: Common) -> Result<ExitCode> {
+    if common.json {
+        return out_json(scores);
+    }
+    out(&format!(
+        "exact match {:.4}, ROUGE-1 {:.4}, ROUGE-2 {:.4}, ROUGE-L {:.4}, BLEU {:.2} over {} records, {} tokens generated",
+        scores.exact_match,
+        scores.rouge1,
+        scores.rouge2,
+        scores.rouge_l,
+        scores.bleu,
+        scores.examples,
+        scores.tokens
+    ))
+}
+
+fn multiple_choice(
+    arguments: &Arguments,
+    source: &ModelSource,
+    device: &Device,
+    screen: &mut Terminal,
+    common: Common,
+) -> Result<ExitCode> {
+    let data = match arguments.data.as_slice() {
+        [] => run::validation_files(source, screen.downloads())?,
+        files => files.to_vec(),
+    };
+    let job = ChoiceJob {
+        model: arguments.compute.request(source, device),
+        data,
+        columns: column_pairs(&arguments.columns)?,
+        limit: arguments.limit,
+    };
+    let scores = run::evaluate_choices(&job, screen)?;
+    screen.clear();
+    if common.json {
+        return out_json(&scores);
+    }
+    let error = |error: Option<f64>| error.map_or(String::new(), |error| format!(" ± {error:.4}"));
+    out(&format!(
+        "acc {:.4}{}, acc_norm {:.4}{} over {} records",
+        scores.acc,
+        error(scores.acc_stderr),
+        scores.acc_norm,
+        error(scores.acc_norm_stderr),
+        scores.examples
+    ))
 }
 
 /// Figures, and the confusion matrix with a row for each true class.

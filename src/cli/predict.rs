@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::run::{self, RecordPrediction};
 
 pub(super) fn run(arguments: &eval::Arguments, common: Common) -> Result<ExitCode> {
+    arguments.check_predicts()?;
     let source = arguments.source()?;
     let device = arguments.device()?;
     let mut screen = Terminal::new(common.quiet);

@@ -70,7 +70,7 @@ impl<'a> Columns<'a> {
     }
 
     /// The value of `wanted`; JSON null counts as absent.
-    fn get<'r>(&self, record: &'r Map<String, Value>, wanted: &str) -> Option<&'r Value> {
+    pub fn get<'r>(&self, record: &'r Map<String, Value>, wanted: &str) -> Option<&'r Value> {
         let column = self.mapped(wanted).unwrap_or(wanted);
         let found = record.get(column).or_else(|| {
             let mut parts = column.split('.');

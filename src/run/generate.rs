@@ -6,7 +6,7 @@ use super::Screen;
 use super::inference::{ModelRequest, OpenedModel, load, not_finite, open};
 use crate::data::Tokenizer;
 use crate::error::{Error, Kind, Result};
-use crate::model::{Sampling, Session};
+use crate::model::{Decoder, Sampling, Session};
 use crate::ops::Context;
 use crate::work::WorkCounter;
 
@@ -60,34 +60,72 @@ pub fn generate(
     let prompt = encode_prompt(job, &model.tokenizer)?;
     let most = max_tokens(job, &model, prompt.len(), screen)?;
     let loaded = load(&mut model, &job.model, screen)?;
-    let is_end = |id| model.tokenizer.eos_id() == Some(id) || model.end_ids.contains(&id);
     let counter = WorkCounter::default();
-    let context = Context::new(&counter, job.model.precision);
-    let mut session = Session::new(&loaded.decoder, context);
-    let mut text = StreamedText::new(job.stop, show);
-    let mut tokens = Vec::new();
-    let mut logits = session.read(&prompt)?;
-    for index in 0..most {
-        if logits.iter().any(|logit| !logit.is_finite()) {
-            return Err(not_finite("output").while_running());
-        }
-        let token = job.sampling.choose(&logits, index as u64);
-        tokens.push(token);
-        if is_end(token) {
-            break;
-        }
-        text.update(continuation(&model.tokenizer, &prompt, &tokens)?);
-        if text.is_stopped || index + 1 == most {
-            break;
-        }
-        logits = session.read(&[token])?;
-    }
+    let generating = Generating {
+        decoder: &loaded.decoder,
+        model: &model,
+        context: Context::new(&counter, job.model.precision),
+        sampling: job.sampling,
+        stop: job.stop,
+    };
+    let Answer { tokens, text } = generating.answer(&prompt, most, show)?;
     Ok(Generated {
         prompt_tokens: prompt,
         tokens,
-        text: text.finish(),
+        text,
         flops: counter.take().flops(),
     })
+}
+
+/// A loaded model that generates.
+pub(super) struct Generating<'a> {
+    pub(super) decoder: &'a Decoder,
+    pub(super) model: &'a OpenedModel,
+    pub(super) context: Context<'a>,
+    pub(super) sampling: Sampling,
+    pub(super) stop: &'a [String],
+}
+
+/// What follows a prompt.
+pub(super) struct Answer {
+    pub(super) tokens: Vec<u32>,
+    pub(super) text: String,
+}
+
+impl Generating<'_> {
+    /// At most `most` tokens after `prompt`; `show` receives each new piece of text.
+    pub(super) fn answer(
+        &self,
+        prompt: &[u32],
+        most: usize,
+        show: &mut dyn FnMut(&str),
+    ) -> Result<Answer> {
+        let tokenizer = &self.model.tokenizer;
+        let is_end = |id| tokenizer.eos_id() == Some(id) || self.model.end_ids.contains(&id);
+        let mut session = Session::new(self.decoder, self.context);
+        let mut text = StreamedText::new(self.stop, show);
+        let mut tokens = Vec::new();
+        let mut logits = session.read(prompt)?;
+        for index in 0..most {
+            if logits.iter().any(|logit| !logit.is_finite()) {
+                return Err(not_finite("output").while_running());
+            }
+            let token = self.sampling.choose(&logits, index as u64);
+            tokens.push(token);
+            if is_end(token) {
+                break;
+            }
+            text.update(continuation(tokenizer, prompt, &tokens)?);
+            if text.is_stopped || index + 1 == most {
+                break;
+            }
+            logits = session.read(&[token])?;
+        }
+        Ok(Answer {
+            tokens,
+            text: text.finish(),
+        })
+    }
 }
 
 fn encode_prompt(job: &GenerationJob<'_>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
@@ -107,21 +145,26 @@ fn max_tokens(
     prompt: usize,
     screen: &mut dyn Screen,
 ) -> Result<usize> {
-    let positions = model.architecture.max_position_embeddings;
-    if prompt >= positions {
-        return Err(Error::new(
-            Kind::Usage,
-            "the prompt is longer than the model's positions",
-        )
-        .value(format!("{prompt} tokens"))
-        .rule(format!("below {positions}"))
-        .hint("shorten the prompt"));
-    }
-    let most = positions - prompt;
+    let most = fits(model, prompt)?;
     if job.max_new_tokens > most {
         screen.note(&format!("warning: after this prompt the model has positions for {most} tokens: no more are generated"));
     }
     Ok(job.max_new_tokens.min(most))
+}
+
+/// New tokens that the model's positions allow after a prompt of so many.
+pub(super) fn fits(model: &OpenedModel, prompt: usize) -> Result<usize> {
+    let positions = model.architecture.max_position_embeddings;
+    if prompt < positions {
+        return Ok(positions - prompt);
+    }
+    Err(Error::new(
+        Kind::Usage,
+        "the prompt is longer than the model's positions",
+    )
+    .value(format!("{prompt} tokens"))
+    .rule(format!("below {positions}"))
+    .hint("shorten the prompt"))
 }
 
 /// Text shown as soon as later tokens cannot change it.

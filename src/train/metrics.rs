@@ -1,14 +1,18 @@
 //! Metrics of a classifier or regression: those of scikit-learn for classes and labels, of SciPy for
 //! numbers, and of seqeval for named entities.
 
+mod choices;
 mod entities;
 mod labels;
+mod text;
 mod values;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::choices::{ChoiceHit, share};
 use self::entities::EntityCounts;
 use self::labels::LabelCounts;
+pub use self::text::{Bleu, rouge_l, rouge_n};
 use self::values::ValuePairs;
 use crate::data::MicroBatch;
 use crate::model::{Architecture, Classified, ProblemType};
