@@ -215,6 +215,7 @@ fn attentions(bench: &Bench<'_>) {
 
 fn head(bench: &Bench<'_>) {
     let head = LmHead {
+        bias: None,
         weight: bench.frozen(&[VOCABULARY, HIDDEN]),
         softcap: None,
         lora: None,

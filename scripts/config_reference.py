@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "phi3",
                "gpt_neox", "stablelm", "starcoder2", "ministral3", "gpt2", "cohere", "cohere2", "glm", "glm4", "exaone4", "ernie4_5", "seed_oss",
-               "helium", "qwen3_moe", "olmoe", "mixtral"]
+               "helium", "qwen3_moe", "olmoe", "mixtral", "hunyuan_v1_dense", "phi"]
 ENCODERS = ["bert", "roberta", "xlm-roberta", "electra", "distilbert"]
 READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
 max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings attention_bias mlp_bias sliding_window
@@ -41,7 +41,7 @@ UNREAD = {"gemma3_text": ["attn_logit_softcapping"]}
 KEYWORDS = {"qwen3_moe": {"num_local_experts": None}, "olmoe": {"num_local_experts": None}, "mixtral": {"num_experts": None},
             "cohere2": {"sliding_window_pattern": 4}, "glm": {"partial_rotary_factor": 0.5}, "glm4": {"partial_rotary_factor": 0.5},
             "gemma3_text": {"sliding_window_pattern": 6, "rope_local_base_freq": 10000.0}, "phi3": {"partial_rotary_factor": 1.0},
-            "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25},
+            "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000.0}, "stablelm": {"partial_rotary_factor": 0.25}, "phi": {"partial_rotary_factor": 0.5},
             "distilbert": {"layer_norm_eps": 1e-12},
             "ministral3": {"rope_parameters": {k: v for k, v in Ministral3Config().rope_parameters.items() if k != "max_position_embeddings"}}}
 

@@ -42,8 +42,10 @@ pub struct Architecture {
     /// Groups that the columns of a fused q, k, v fall into, each with a share of q, of k and of v: 1
     /// for `[q|k|v]`, the number of heads for `[h][q,k,v]`.
     pub qkv_groups: usize,
-    /// The norms of q and k before their rotation, if they have any.
+    /// The norms of q and k, if they have any.
     pub qk_norm: Option<QkNorm>,
+    /// Whether those norms follow the rotation.
+    pub norms_rotated_qk: bool,
     /// The activation of gate.
     pub activation: Activation,
     /// The norms around attention.
@@ -142,6 +144,8 @@ pub struct Biases {
     pub o: bool,
     /// gate, up and down.
     pub mlp: bool,
+    /// The output embedding.
+    pub lm_head: bool,
     /// Every norm.
     pub norm: bool,
 }
@@ -152,6 +156,7 @@ impl Biases {
         qkv: false,
         o: false,
         mlp: false,
+        lm_head: false,
         norm: false,
     };
     /// Every layer.
@@ -159,6 +164,7 @@ impl Biases {
         qkv: true,
         o: true,
         mlp: true,
+        lm_head: false,
         norm: true,
     };
 }
@@ -350,7 +356,7 @@ impl Architecture {
             name,
             out_features,
             in_features: self.hidden_size,
-            bias: head.is_some_and(|head| head.bias),
+            bias: head.map_or(self.biases.lm_head, |head| head.bias),
         };
         let dense = head.and_then(|head| head.dense);
         let dense = dense.map(|path| layer(path, self.hidden_size));
@@ -469,8 +475,9 @@ impl Architecture {
                 add(format!("{prefix}.{norm}"), &[hidden], norm_bias);
             }
             if let Some([q, k]) = self.qk_norm_widths() {
-                add(format!("{prefix}.self_attn.q_norm"), &[q], norm_bias);
-                add(format!("{prefix}.self_attn.k_norm"), &[k], norm_bias);
+                let [q_norm, k_norm] = self.names.qk_norms;
+                add(format!("{prefix}.{q_norm}"), &[q], norm_bias);
+                add(format!("{prefix}.{k_norm}"), &[k], norm_bias);
             }
             for linear in self.linears(layer).iter() {
                 let path = format!("{prefix}.{}", linear.name);

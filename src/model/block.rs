@@ -26,6 +26,8 @@ pub(super) struct Block {
     pub(super) q_norm: Option<Norm>,
     /// On k, or each of its heads, before the rotation.
     pub(super) k_norm: Option<Norm>,
+    /// Whether these norms follow the rotation.
+    pub(super) norms_rotated_qk: bool,
     /// Its rotation among those of the pass, if it has one.
     pub(super) rope: Option<usize>,
     pub(super) linears: Linears<Linear>,
@@ -142,14 +144,20 @@ impl Block {
         let (h, input) = self.attention_branch.input(pass.context, x)?;
         let ([q, k, v], linears) = self.project_qkv(pass, &h)?;
         drop(h);
-        let (q, q_norm) = forward_groups(pass, self.q_norm.as_ref(), q)?;
-        let (k, k_norm) = forward_groups(pass, self.k_norm.as_ref(), k)?;
         let rotated = |x: Tensor, tables: &[RopeTables]| match self.rope {
             Some(rope) => tables[rope].forward(pass.context, &x),
             None => Ok(x),
         };
-        let rotated_q = rotated(q, &pass.query_ropes)?;
-        let rotated_k = rotated(k, &pass.ropes)?;
+        let normed_and_rotated = |x, norm: &Option<Norm>, tables| {
+            if self.norms_rotated_qk {
+                let x = rotated(x, tables)?;
+                return forward_groups(pass, norm.as_ref(), x);
+            }
+            let (x, saved) = forward_groups(pass, norm.as_ref(), x)?;
+            Ok((rotated(x, tables)?, saved))
+        };
+        let (rotated_q, q_norm) = normed_and_rotated(q, &self.q_norm, &pass.query_ropes)?;
+        let (rotated_k, k_norm) = normed_and_rotated(k, &self.k_norm, &pass.ropes)?;
         let saved = QkvSaved {
             input,
             linears,
@@ -381,6 +389,11 @@ impl Block {
             let Some((norm, saved)) = norm.zip(saved) else {
                 return rotated_back(dy, tables, context);
             };
+            if self.norms_rotated_qk {
+                let dy = dy.to_dtype(DType::F32)?;
+                let dy = norm.backward_groups(context, &dy, saved, gradients)?;
+                return rotated_back(dy, tables, context);
+            }
             // The norm's backward pass takes f32.
             let dy = rotated_back(dy, tables, context.in_f32())?;
             norm.backward_groups(context, &dy, saved, gradients)

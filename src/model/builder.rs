@@ -145,6 +145,9 @@ impl<'a> Builder<'a> {
             } else {
                 self.vocabulary_matrix(&lm_head)?
             },
+            bias: (a.biases.lm_head)
+                .then(|| self.weight(&format!("{}.bias", a.names.lm_head), &[a.vocab_size]))
+                .transpose()?,
             softcap: a.logits_softcap,
             lora: self.lora(a.names.lm_head)?,
         })))
@@ -236,8 +239,9 @@ impl<'a> Builder<'a> {
         Ok(Block {
             attention_branch: branch(a.attention_norms)?,
             mlp_branch: branch(a.mlp_norms)?,
-            q_norm: norm(a.qk_norm.map(|_| "self_attn.q_norm"), q_width)?,
-            k_norm: norm(a.qk_norm.map(|_| "self_attn.k_norm"), k_width)?,
+            q_norm: norm(a.qk_norm.map(|_| a.names.qk_norms[0]), q_width)?,
+            k_norm: norm(a.qk_norm.map(|_| a.names.qk_norms[1]), k_width)?,
+            norms_rotated_qk: a.norms_rotated_qk,
             rope: a.layers[layer].rope,
             linears: linears.try_map(|spec| self.linear(&path, spec))?,
             experts: self.experts(layer)?,

@@ -87,6 +87,7 @@ const KEY_NAMES: &[(&str, &[[&str; 2]])] = &[
     ("cohere", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("cohere2", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("stablelm", &[["rms_norm_eps", "layer_norm_eps"]]),
+    ("phi", &[["rms_norm_eps", "layer_norm_eps"]]),
     ("starcoder2", &[["rms_norm_eps", "norm_epsilon"]]),
     (
         "gpt2",
@@ -281,6 +282,8 @@ impl<'a> Config<'a> {
         let found = FOREIGN_KEYS
             .iter()
             .filter(|(key, _)| !(unused_window && *key == "sliding_window"))
+            // Hunyuan's class always has these norms.
+            .filter(|(key, _)| !(model_type == "hunyuan_v1_dense" && *key == "use_qk_norm"))
             .find(matters);
         let Some((key, _)) = found else { return Ok(()) };
         let rule = match *key {

@@ -99,6 +99,7 @@ pub(super) fn encoder(config: &Config<'_>, model_type: &str) -> Result<Option<Ar
         layers: vec![block; num_hidden_layers],
         qkv_groups: 1,
         qk_norm: None,
+        norms_rotated_qk: false,
         activation: activation_of(config, "hidden_act")?,
         parallel: false,
         gated_mlp: false,

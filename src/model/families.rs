@@ -13,6 +13,8 @@ pub(super) struct Family {
     pub(super) norm_kind: NormKind,
     pub(super) names: ModuleNames,
     pub(super) qk_norm: Option<QkNorm>,
+    /// As `Architecture::norms_rotated_qk`.
+    pub(super) norms_rotated_qk: bool,
     pub(super) attention_norms: BranchNorms,
     pub(super) mlp_norms: BranchNorms,
     /// Layers that have biases whatever config.json says.
@@ -47,12 +49,15 @@ pub(super) struct Family {
     pub(super) is_gemma: bool,
     /// Whether the class reads the rotations `su` and `yarn` as `longrope` and has no others.
     pub(super) scales_by_longrope_alone: bool,
+    /// As [`RopeShape::scales_base_by_alpha`](super::rope_config::RopeShape).
+    pub(super) scales_base_by_alpha: bool,
 }
 
 const LLAMA: Family = Family {
     norm_kind: NormKind::Rms,
     names: ModuleNames::LLAMA,
     qk_norm: None,
+    norms_rotated_qk: false,
     attention_norms: BranchNorms::before("input_layernorm"),
     mlp_norms: BranchNorms::before("post_attention_layernorm"),
     biases: Biases::NONE,
@@ -71,6 +76,7 @@ const LLAMA: Family = Family {
     scales_queries: false,
     is_gemma: false,
     scales_by_longrope_alone: false,
+    scales_base_by_alpha: false,
 };
 
 /// Llama with LayerNorm.
@@ -141,6 +147,30 @@ const FAMILIES: &[(&str, Family)] = &[
         Family {
             qk_norm: Some(QkNorm::Heads),
             ..LLAMA
+        },
+    ),
+    (
+        "hunyuan_v1_dense",
+        Family {
+            names: ModuleNames::HUNYUAN,
+            qk_norm: Some(QkNorm::Heads),
+            norms_rotated_qk: true,
+            scales_base_by_alpha: true,
+            ..LLAMA
+        },
+    ),
+    (
+        "phi",
+        Family {
+            names: ModuleNames::PHI,
+            biases: Biases {
+                lm_head: true,
+                ..Biases::ALL
+            },
+            gated_mlp: false,
+            shares_parallel_norm: true,
+            always_parallel: true,
+            ..LAYER_NORM
         },
     ),
     ("cohere", COHERE),

@@ -105,6 +105,7 @@ fn decoder_of(config: &Config<'_>, model_type: &str, composite: bool) -> Result<
         head_dim: attention.head_dim,
         max_position: max_position_embeddings,
         longrope_alone: family.scales_by_longrope_alone,
+        scales_base_by_alpha: family.scales_base_by_alpha,
         interleaved: family.interleaved_rope,
     };
     Ok(Architecture {
@@ -128,6 +129,7 @@ fn decoder_of(config: &Config<'_>, model_type: &str, composite: bool) -> Result<
             1
         },
         qk_norm: family.qk_norm,
+        norms_rotated_qk: family.norms_rotated_qk,
         activation: activation(config, family)?,
         attention_norms: family.attention_norms,
         mlp_norms: family.mlp_norms_of(parallel),
@@ -400,6 +402,7 @@ fn biases(config: &Config<'_>, family: &Family) -> Result<Biases> {
     let all = config.flag("use_bias")?;
     let attention = all || config.flag("attention_bias")?;
     Ok(Biases {
+        lm_head: family.biases.lm_head,
         qkv: attention || config.flag("use_qkv_bias")? || always.qkv,
         o: if config.has("attention_out_bias") {
             config.flag("attention_out_bias")?

@@ -31,6 +31,8 @@ pub struct ModuleNames {
     pub lm_head_in_files: Option<&'static str>,
     /// The linear layers, inside a block.
     pub linears: LinearNames,
+    /// The norms of q and k inside a block.
+    pub qk_norms: [&'static str; 2],
     /// Names, in files that hold each expert by itself, of a block's mixture of experts.
     pub experts_in_files: ExpertNames,
     /// The composite model that the decoder is a part of.
@@ -82,6 +84,7 @@ impl ModuleNames {
             gate_up: &["mlp.gate_proj", "mlp.up_proj"],
             down: "mlp.down_proj",
         },
+        qk_norms: ["self_attn.q_norm", "self_attn.k_norm"],
         experts_in_files: ExpertNames {
             module: "mlp",
             parts: ["gate_proj", "up_proj", "down_proj"],
@@ -113,6 +116,24 @@ impl ModuleNames {
     pub const GLM: Self = Self {
         linears: LinearNames {
             gate_up: &["mlp.gate_up_proj"],
+            ..Self::LLAMA.linears
+        },
+        ..Self::LLAMA
+    };
+
+    /// Hunyuan's.
+    pub const HUNYUAN: Self = Self {
+        qk_norms: ["self_attn.query_layernorm", "self_attn.key_layernorm"],
+        ..Self::LLAMA
+    };
+
+    /// Phi-2's.
+    pub const PHI: Self = Self {
+        norm: Some("final_layernorm"),
+        linears: LinearNames {
+            o: "self_attn.dense",
+            gate_up: &["mlp.fc1"],
+            down: "mlp.fc2",
             ..Self::LLAMA.linears
         },
         ..Self::LLAMA

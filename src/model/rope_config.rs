@@ -17,6 +17,8 @@ pub(super) struct RopeShape {
     pub(super) longrope_alone: bool,
     /// As [`Rope::interleaved`].
     pub(super) interleaved: bool,
+    /// Whether `alpha` of `dynamic` scales the base, at any length (Hunyuan).
+    pub(super) scales_base_by_alpha: bool,
 }
 
 /// Reads the one rotary embedding of a model. As in transformers, `rope_scaling` replaces
@@ -92,6 +94,14 @@ fn read_table(config: &Config<'_>, table: Option<&Config<'_>>, shape: RopeShape)
         None => config.required_number("rope_theta", Range::POSITIVE)?,
     };
     let rotary_dim = rotary_dim(config, table, shape.head_dim)?;
+    let theta = match table
+        .map(|table| alpha(table, shape))
+        .transpose()?
+        .flatten()
+    {
+        Some(alpha) => theta * alpha.powf(rotary_dim as f64 / (rotary_dim as f64 - 2.0)),
+        None => theta,
+    };
     let scaling = match table {
         Some(table) => rope_scaling(config, table, shape, rotary_dim)?,
         None => RopeScaling::None,
@@ -148,13 +158,7 @@ fn rope_scaling(
     rotary_dim: usize,
 ) -> Result<RopeScaling> {
     let max_position = shape.max_position;
-    if table.number("alpha", Range::ANY)?.unwrap_or(0.0) != 0.0 {
-        return Err(table.wrong("alpha", "this model type rotates by plain frequencies"));
-    }
-    let kind = match table.text("rope_type")? {
-        Some(kind) => kind,
-        None => table.text("type")?.unwrap_or("default"),
-    };
+    let kind = kind(table)?;
     let factor = || table.required_number("factor", Range::POSITIVE);
     // A top-level key precedes the table's.
     let original = || {
@@ -172,6 +176,8 @@ fn rope_scaling(
     Ok(match kind {
         "default" => RopeScaling::None,
         "linear" => RopeScaling::Linear { factor: factor()? },
+        // The base is scaled instead.
+        "dynamic" if alpha(table, shape)?.is_some() => RopeScaling::None,
         "dynamic" => RopeScaling::Dynamic {
             factor: factor()?,
             original: max_position,
@@ -195,6 +201,31 @@ fn rope_scaling(
             let rule = "default, linear, dynamic, llama3, yarn or longrope";
             return Err(table.wrong(kind_key(table), rule));
         }
+    })
+}
+
+/// Of a table of the kind `dynamic`: the theta of a head of d rotated channels is multiplied by
+/// alpha^(d / (d - 2)), whatever the length of a sequence (Hunyuan). `None` of 0.
+///
+/// # Errors
+/// A model type that does not read it.
+fn alpha(table: &Config<'_>, shape: RopeShape) -> Result<Option<f64>> {
+    const KEY: &str = "alpha";
+    let given = table.number(KEY, Range::ANY)?.filter(|alpha| *alpha != 0.0);
+    let Some(alpha) = given else { return Ok(None) };
+    if !shape.scales_base_by_alpha || kind(table)? != "dynamic" {
+        return Err(table.wrong(KEY, "this model type rotates by plain frequencies"));
+    }
+    if alpha < 0.0 || shape.head_dim <= 2 {
+        return Err(table.wrong(KEY, "a number above 0, of heads of more than 2 channels"));
+    }
+    Ok(Some(alpha))
+}
+
+fn kind<'a>(table: &Config<'a>) -> Result<&'a str> {
+    Ok(match table.text("rope_type")? {
+        Some(kind) => kind,
+        None => table.text("type")?.unwrap_or("default"),
     })
 }
 

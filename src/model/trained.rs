@@ -208,7 +208,7 @@ impl TrainedNames<'_> {
             },
             attention_norms: norms(architecture.attention_norms),
             mlp_norms: norms(architecture.mlp_norms),
-            qk_norms: ["self_attn.q_norm", "self_attn.k_norm"].map(qk_norm),
+            qk_norms: architecture.names.qk_norms.map(qk_norm),
         }
     }
 }

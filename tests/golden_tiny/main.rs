@@ -20,7 +20,9 @@ use wattune::work::{Precision, WorkCounter};
 
 /// Variants of Llama.
 const LLAMA: [&str; 5] = ["gqa", "tied", "biases", "qwen2", "llama3rope"];
-const FAMILIES: [&str; 26] = [
+const FAMILIES: [&str; 28] = [
+    "hunyuan",
+    "phi",
     "qwen3",
     "smollm3",
     "granite",

@@ -35,6 +35,8 @@ impl ModelShape {
             vocab: a.vocab_size,
             stored: self.head.last().and_then(|output| output.stored),
             trained: self.trained_embeddings()[1],
+            bias: a.biases.lm_head,
+            bias_trained: self.head.last().is_some_and(|output| output.bias),
             token_rows: self.token_rows[1],
             lora: self.head.last().and_then(|output| output.lora),
             dropout: false,

@@ -42,7 +42,8 @@ const CHUNK_ROWS: usize = 32;
 /// # use wattune::ops::{Context, LmHead, Weight};
 /// # use wattune::work::{Precision, WorkCounter};
 /// let zeros = Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?;
-/// let head = LmHead { weight: Weight::frozen(zeros), softcap: None, lora: None };
+/// let weight = Weight::frozen(zeros);
+/// let head = LmHead { weight, bias: None, softcap: None, lora: None };
 /// let h = Tensor::new(&[[1f32, 2.]], &Device::Cpu)?;
 /// let counter = WorkCounter::default();
 /// let losses = head.forward(Context::new(&counter, Precision::F32), &h, &[3])?;
@@ -53,6 +54,8 @@ const CHUNK_ROWS: usize = 32;
 pub struct LmHead {
     /// W, (V, C); the input embedding where the two are tied.
     pub weight: Weight,
+    /// (V) (Phi-2).
+    pub bias: Option<Weight>,
     /// c of c tanh(logit / c) (Gemma 2).
     pub softcap: Option<f64>,
     /// The adapter, where the head is a target.
@@ -72,6 +75,10 @@ pub struct LmHeadShape {
     pub stored: Option<StoredFormat>,
     /// Whether W is trained.
     pub trained: bool,
+    /// Whether logits have a bias.
+    pub bias: bool,
+    /// Whether it is trained.
+    pub bias_trained: bool,
     /// Rows of W that are trained alone.
     pub token_rows: usize,
     /// Whether logits are capped.
@@ -109,10 +116,10 @@ impl LmHeadShape {
             r: self.lora.map(|lora| lora.r),
             lora_bias: self.lora.is_some_and(|lora| lora.bias),
             magnitude: self.lora.is_some_and(|lora| lora.magnitude),
-            bias: false,
+            bias: self.bias,
             stored: self.stored,
             trained: self.trained,
-            bias_trained: false,
+            bias_trained: self.bias_trained,
             dropout: self.dropout,
         }
     }
@@ -185,6 +192,8 @@ impl LmHead {
             vocab,
             stored: self.weight.stored_format(),
             trained: self.weight.is_trained(),
+            bias: self.bias.is_some(),
+            bias_trained: self.bias.as_ref().is_some_and(Weight::is_trained),
             token_rows: self.weight.token_rows().map_or(0, TokenRows::len),
             softcap: self.softcap.is_some(),
             lora: self.lora.as_ref().map(Lora::shape).transpose()?,
@@ -196,7 +205,7 @@ impl LmHead {
     fn linear(&self) -> Linear {
         Linear {
             weight: self.weight.clone(),
-            bias: None,
+            bias: self.bias.clone(),
             lora: self.lora.clone(),
         }
     }
@@ -214,7 +223,7 @@ impl LmHead {
         let shape = self.shape(h.dims2()?.0)?;
         let (n, hidden, vocab) = (shape.loss_tokens, shape.hidden, shape.vocab);
         context.counter.add(shape.logits_cost(context.precision));
-        if self.lora.is_some() || shape.token_rows > 0 {
+        if self.lora.is_some() || shape.token_rows > 0 || shape.bias {
             let uncounted = WorkCounter::default();
             let context = Context {
                 counter: &uncounted,
@@ -297,7 +306,7 @@ impl LmHead {
         mut backward: Option<Backward<'_>>,
     ) -> Result<Losses> {
         let is_frozen = !shape.trained && shape.lora.is_none() && shape.token_rows == 0;
-        if context.path(h) == Path::Cpu && is_frozen {
+        if context.path(h) == Path::Cpu && is_frozen && !shape.bias {
             let backward = backward.filter(|backward| backward.input_gradient);
             let scale = backward.map(|backward| backward.scale);
             return self.fused_linear_cross_entropy(context, h, targets, scale);

@@ -195,6 +195,8 @@ fn counted_parts(torch: &Torch<'_>) -> [(i64, &'static [&'static str]); 6] {
     let scores = attention_forward_cost(&attention, &segments).flops() as i64;
     let scores_backward = attention_backward_cost(&attention, &segments).flops() as i64;
     let head = LmHeadShape {
+        bias: false,
+        bias_trained: false,
         token_rows: 0,
         loss_tokens: tokens,
         hidden,

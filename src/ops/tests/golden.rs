@@ -131,6 +131,7 @@ fn activations_and_their_gradients() {
 fn cross_entropy() {
     let golden = Golden::open("head");
     let head = LmHead {
+        bias: None,
         weight: golden.trained("weight"),
         softcap: None,
         lora: None,

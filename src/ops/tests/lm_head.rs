@@ -21,6 +21,7 @@ fn head(weight: &Tensor, trains: bool) -> LmHead {
         Weight::frozen(weight.clone())
     };
     LmHead {
+        bias: None,
         weight,
         softcap: None,
         lora: None,
@@ -71,6 +72,8 @@ fn naive(inputs: &[Tensor], targets: &[u32], softcap: Option<f64>) -> candle_cor
 
 fn shape(loss_tokens: usize, hidden: usize, vocab: usize, trained: bool) -> LmHeadShape {
     LmHeadShape {
+        bias: false,
+        bias_trained: false,
         loss_tokens,
         hidden,
         vocab,
@@ -100,6 +103,7 @@ fn prove_capped(
         dy: &tensor(&vec![SCALE as f32; n], &[n]),
         op: |context: Context<'_>, inputs: &[Tensor], _: &Tensor| {
             let head = LmHead {
+                bias: None,
                 softcap,
                 ..head(&inputs[1], trained)
             };
@@ -139,6 +143,7 @@ proptest! {
 #[test]
 fn logits_are_capped() {
     let head = LmHead {
+        bias: None,
         softcap: Some(2.0),
         ..head(&tensor(&[1.0, 2.0, -100.0], &[3, 1]), false)
     };
@@ -218,6 +223,7 @@ fn cached_packing_changes_no_byte() -> Result<()> {
         let plain = Weight::frozen(table);
         let cached = plain.clone().with_packed_cache();
         let heads = [plain, cached].map(|weight| LmHead {
+            bias: None,
             weight,
             softcap: Some(3.0),
             lora: None,

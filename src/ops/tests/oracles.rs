@@ -97,6 +97,7 @@ fn cross_entropy_with_its_gradient() -> Result<()> {
     let gradients = want.backward()?;
     for_each_path(|context| {
         let head = LmHead {
+            bias: None,
             weight: Weight::frozen(w.clone()),
             softcap: None,
             lora: None,

@@ -58,6 +58,7 @@ fn linear(o: usize, i: usize) -> Linear {
 fn head(vocab: usize, hidden: usize) -> LmHead {
     let weight = Weight::frozen(random(4, &[vocab, hidden]));
     LmHead {
+        bias: None,
         weight,
         softcap: None,
         lora: None,
