@@ -96,6 +96,9 @@ impl Architecture {
         let Some(settings) = config.object("quantization_config")? else {
             return Ok(());
         };
+        if settings.object.is_empty() {
+            return Ok(());
+        }
         let format = format_of(&settings)?;
         let keys = ["llm_int8_skip_modules", "modules_to_not_convert", "ignore"];
         let lists = keys.iter().filter_map(|key| settings.get(key)?.as_array());
@@ -117,10 +120,19 @@ impl Architecture {
 
 /// The format of the matrices under this `quantization_config`.
 fn format_of(settings: &Config<'_>) -> Result<StoredFormat> {
-    let method = settings.text("quant_method")?.unwrap_or("bitsandbytes");
     let is_set = |key: &str| settings.get(key) == Some(&Value::Bool(true));
+    let [in_8_bits, in_4_bits] = [
+        ["load_in_8bit", "_load_in_8bit"],
+        ["load_in_4bit", "_load_in_4bit"],
+    ]
+    .map(|keys| keys.into_iter().any(is_set));
+    // Older files of bitsandbytes do not name their method.
+    let method = match settings.text("quant_method")? {
+        None if in_8_bits || in_4_bits => "bitsandbytes",
+        method => method.unwrap_or_default(),
+    };
     match method {
-        "bitsandbytes" if is_set("load_in_8bit") || is_set("_load_in_8bit") => Ok(StoredFormat::INT8),
+        "bitsandbytes" if in_8_bits => Ok(StoredFormat::INT8),
         "bitsandbytes" => match settings.text("bnb_4bit_quant_type")? {
             Some("nf4") => Ok(StoredFormat::NF4),
             None | Some("fp4") => Ok(StoredFormat::FP4),
@@ -258,7 +270,7 @@ impl Matrix<'_> {
             }
         };
         let [rows, columns] = shape;
-        if !self.format.fits_row(columns) {
+        if rows == 0 || columns == 0 || !self.format.fits_row(columns) {
             return Err(wrong("rows that are not whole blocks")
                 .value(format!("{columns} input features"))
                 .rule(format!("a multiple of {}", self.format.block_values())));
@@ -270,9 +282,10 @@ impl Matrix<'_> {
             _ => None,
         };
         let is_tiled = |scales: &TensorEntry| {
-            let of = |size: usize| [1, size, size.div_ceil(TILE)];
-            tiles(&scales.shape)
-                .is_some_and(|[r, c]| of(rows).contains(&r) && of(columns).contains(&c))
+            tiles(&scales.shape).is_some_and(|[r, c]| {
+                [1, rows, rows.div_ceil(TILE)].contains(&r)
+                    && [1, columns.div_ceil(TILE)].contains(&c)
+            })
         };
         let fits = match self.format {
             StoredFormat::INT8 => self.one(".SCB")?.shape == [rows],
@@ -301,7 +314,7 @@ impl Matrix<'_> {
         }))
     }
 
-    /// The scales whose name ends so, or the last ones.
+    /// The tensor of scales whose name ends so; the last is that which gave the scheme away.
     fn find(&self, suffix: &str) -> Option<&TensorEntry> {
         self.scales
             .iter()
@@ -350,6 +363,11 @@ impl Matrix<'_> {
             return Err(wrong("not a matrix"));
         };
         let codes = (self.read)(self.codes)?;
+        if let Some(order) = self.find(".weight_format")
+            && (self.read)(order)? != [0]
+        {
+            return Err(wrong("its codes are not stored row by row"));
+        }
         let (scales, scale_columns) = match self.format {
             StoredFormat::NF4 | StoredFormat::FP4 => (self.maxima()?, 0),
             StoredFormat::INT4 => self.tiles("_scale")?,
@@ -592,6 +610,58 @@ mod tests {
             assert!(
                 error.contains(why) && error.contains("`a.weight`"),
                 "{why}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_method_is_read_from_config_json() {
+        let formats = |settings: serde_json::Value| {
+            let mut config: serde_json::Value =
+                serde_json::from_str(include_str!("../../tests/golden/tiny/gqa/config.json"))
+                    .unwrap();
+            config["quantization_config"] = settings;
+            let architecture =
+                Architecture::from_config(&config).map_err(|error| error.to_string())?;
+            let formats = architecture.stored_formats;
+            Ok::<_, String>(
+                formats
+                    .into_iter()
+                    .map(|(name, format)| format!("{name} {}", format.name()))
+                    .collect::<Vec<_>>(),
+            )
+        };
+        let nf4 = serde_json::json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": ["lm_head", "down_proj"]});
+        let found = formats(nf4).unwrap();
+        assert!(
+            found.contains(&"model.layers.0.mlp.up_proj.weight NF4".into()),
+            "{found:?}"
+        );
+        assert!(
+            !found
+                .iter()
+                .any(|name| name.contains("down_proj") || name.contains("lm_head")),
+            "{found:?}"
+        );
+        assert!(formats(serde_json::json!({"load_in_8bit": true})).unwrap()[0].ends_with("INT8"));
+        let ignored = serde_json::json!({"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["re:.*mlp.*", "lm_head"]});
+        let found = formats(ignored).unwrap();
+        assert!(
+            !found.is_empty()
+                && found
+                    .iter()
+                    .all(|name| name.contains("self_attn") && name.ends_with("INT4")),
+            "{found:?}"
+        );
+        assert_eq!(
+            formats(serde_json::json!({})).unwrap(),
+            Vec::<String>::new()
+        );
+        for method in ["gptq", "awq", "mxfp4"] {
+            let refused = formats(serde_json::json!({"quant_method": method})).unwrap_err();
+            assert!(
+                refused.contains(method) && refused.contains("nf4"),
+                "{refused}"
             );
         }
     }

@@ -23,6 +23,9 @@ pub(super) fn architecture_of(
         architecture.correct_by_files(weights)?;
     }
     architecture.stored_in_bf16 &= device.is_cpu();
+    if !architecture.stored_formats.is_empty() {
+        check_device(device)?;
+    }
     if let Some(format) = stored_format(quantization) {
         let of_key = |error: Error| error.key("model.quantization");
         check_device(device).map_err(of_key)?;
@@ -49,5 +52,5 @@ fn check_device(device: &Device) -> Result<()> {
         Kind::Model,
         "quantised weights are computed with on the CPU alone",
     )
-    .hint("add `--device cpu`, or write `quantization = \"none\"` in [model]"))
+    .hint("add `--device cpu`; or write `quantization = \"none\"` in [model] and name a model that is not quantised"))
 }
