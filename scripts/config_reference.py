@@ -262,7 +262,7 @@ REFUSED = {
     "mixtral, auxiliary loss": tiny("mixtral", num_local_experts=4, output_router_logits=True),
     "mixtral, more experts a token than there are": tiny("mixtral", num_local_experts=4, num_experts_per_tok=5),
     "olmoe, clip_qkv": tiny("olmoe", clip_qkv=8.0),
-    "quantised": tiny(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "quantised": tiny(quantization_config={"quant_method": "gptq", "bits": 4}),
     "gemma3, bidirectional": tiny("gemma3_text", use_bidirectional_attention=True),
     "gemma3, attn_logit_softcapping is not read": tiny("gemma3_text", attn_logit_softcapping=50.0),
     "an activation that nothing implements": tiny(hidden_act="quick_gelu"),
