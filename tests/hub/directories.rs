@@ -114,7 +114,7 @@ fn a_directory_without_a_model_says_what_it_has() {
     };
     assert!(remedy(&[("adapter_config.json", "{}")]).contains("--adapter"));
     assert!(remedy(&[("snapshots", "")]).contains("snapshots"));
-    assert!(remedy(&[("m.gguf", "")]).contains("converted from"));
+    assert!(remedy(&[("m.gguf", "")]).contains("--model-file"));
     assert!(remedy(&[]).contains("config.json"));
     assert_eq!(
         ModelFiles::open(Path::new("no/such/dir"))
