@@ -109,6 +109,16 @@ fn values_are_quantised_as_bitsandbytes_does() {
 }
 
 #[test]
+fn every_f16_is_read_as_half_reads_it() {
+    for bits in 0..=u16::MAX {
+        let expected = half::f16::from_bits(bits).to_f32();
+        let read = super::decode::f16_at(&bits.to_le_bytes(), 0);
+        let same = read.to_bits() == expected.to_bits() || read.is_nan() && expected.is_nan();
+        assert!(same, "{bits:#x}: {read} {expected}");
+    }
+}
+
+#[test]
 fn k_quants_are_near_their_values() {
     let values: Vec<f32> = (0..512).map(|i| (i as f32 * 0.7).sin() * 0.1).collect();
     for (format, dtype, most) in [
