@@ -12,8 +12,6 @@ use super::gemm::Element;
 
 /// Partial sums of a reduction: one for each f32 of the widest vector.
 pub(super) const LANES: usize = 16;
-/// Vectors of partial sums of a dot product: a multiply-add takes four cycles, and two start in each.
-const SUMS: usize = 4;
 /// Elements summed in f32 before the sum is added to an f64.
 const BLOCK: usize = 512;
 
@@ -68,34 +66,17 @@ impl Simd {
         self.dot_map(a, b, T::as_f32)
     }
 
-    /// The dot product of `a` and `wide` of each element of `b`. `SUMS` vectors of partial sums hide the latency of a multiply-add.
+    /// The dot product of `a` and `wide` of each element of `b`.
     #[inline(always)]
     pub(super) fn dot_map<T: Copy>(self, a: &[f32], b: &[T], wide: impl Fn(T) -> f32) -> f32 {
         assert_eq!(a.len(), b.len(), "rows have one length");
         let (a, a_rest) = a.as_chunks::<LANES>();
         let (b, b_rest) = b.as_chunks::<LANES>();
-        let (groups, few) = a.as_chunks::<SUMS>();
-        let (b_groups, b_few) = b.as_chunks::<SUMS>();
-        let mut sums = [[0.0f32; LANES]; SUMS];
-        for i in 0..groups.len() {
-            for sum in 0..SUMS {
-                for lane in 0..LANES {
-                    sums[sum][lane] = self.mul_add(
-                        groups[i][sum][lane],
-                        wide(b_groups[i][sum][lane]),
-                        sums[sum][lane],
-                    );
-                }
-            }
-        }
-        for i in 0..few.len() {
-            for lane in 0..LANES {
-                sums[i][lane] = self.mul_add(few[i][lane], wide(b_few[i][lane]), sums[i][lane]);
-            }
-        }
         let mut lanes = [0.0f32; LANES];
-        for lane in 0..LANES {
-            lanes[lane] = (sums[0][lane] + sums[1][lane]) + (sums[2][lane] + sums[3][lane]);
+        for i in 0..a.len() {
+            for lane in 0..LANES {
+                lanes[lane] = self.mul_add(a[i][lane], wide(b[i][lane]), lanes[lane]);
+            }
         }
         for lane in 0..a_rest.len() {
             lanes[lane] = self.mul_add(a_rest[lane], wide(b_rest[lane]), lanes[lane]);
