@@ -209,16 +209,7 @@ impl Weights {
         if source.tensor.scales.is_empty() {
             return source.bytes();
         }
-        quantized_files::blocks(source.tensor, &|tensor| {
-            let (path, file) = &self.files[tensor.file];
-            StoredTensor {
-                path,
-                file,
-                tensor,
-                transposed: false,
-            }
-            .bytes()
-        })
+        quantized_files::blocks(source.tensor, &|tensor| self.in_file(tensor).bytes())
     }
 
     /// The tensors of the files, as they are stored.
@@ -254,13 +245,7 @@ impl Weights {
                 format!("the model has no tensor `{}`", written.name),
             ));
         };
-        let (path, file) = &self.files[tensor.file];
-        let source = StoredTensor {
-            path,
-            file,
-            tensor,
-            transposed: false,
-        };
+        let source = self.in_file(tensor);
         let values = match (self.gguf, tensor.format) {
             (None, None) => return source.bytes(),
             (None, Some(_)) => self.decoded(&source)?,
@@ -317,13 +302,21 @@ impl Weights {
             )
             .hint("a layer of the head that the files lack is trained from random values: name it in `modules_to_save` in [adapter]"));
         };
-        let (path, file) = &self.files[tensor.file];
         Ok(StoredTensor {
+            transposed: self.transposed.contains(name),
+            ..self.in_file(tensor)
+        })
+    }
+
+    /// `tensor` as its file holds it.
+    fn in_file<'a>(&'a self, tensor: &'a TensorEntry) -> StoredTensor<'a> {
+        let (path, file) = &self.files[tensor.file];
+        StoredTensor {
             path,
             file,
             tensor,
-            transposed: self.transposed.contains(name),
-        })
+            transposed: false,
+        }
     }
 }
 

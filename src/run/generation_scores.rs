@@ -4,10 +4,10 @@ use serde::Serialize;
 
 use super::generate::{Generating, fits};
 use super::inference::{load, open};
-use super::multiple_choice::refuse_classifier;
+use super::multiple_choice::{refuse_classifier, refuse_empty};
 use super::{EvaluationJob, Screen};
 use crate::data::prompted;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::model::Sampling;
 use crate::ops::Context;
 use crate::train::metrics::{Bleu, rouge_l, rouge_n, share};
@@ -52,12 +52,7 @@ pub fn evaluate_generations(
     refuse_classifier(&model.architecture, "--generate")?;
     let limit = job.limit.unwrap_or(usize::MAX);
     let records = prompted(&job.data, &job.options, &model.tokenizer, limit)?;
-    if records.is_empty() {
-        return Err(
-            Error::new(Kind::Data, "there is nothing to evaluate: no record")
-                .hint("check `--data` and `--limit`"),
-        );
-    }
+    refuse_empty(&records)?;
     let loaded = load(&mut model, &job.model, screen)?;
     let counter = WorkCounter::default();
     let generating = Generating {

@@ -53,12 +53,7 @@ pub fn evaluate_choices(job: &ChoiceJob<'_>, screen: &mut dyn Screen) -> Result<
     let mut model = open(&job.model, screen)?;
     refuse_classifier(&model.architecture, "--multiple-choice")?;
     let records = multiple_choices(&job.data, &job.columns, job.limit.unwrap_or(usize::MAX))?;
-    if records.is_empty() {
-        return Err(
-            Error::new(Kind::Data, "there is nothing to evaluate: no record")
-                .hint("check `--data` and `--limit`"),
-        );
-    }
+    refuse_empty(&records)?;
     let loaded = load(&mut model, &job.model, screen)?;
     let counter = WorkCounter::default();
     let scoring = Scoring {
@@ -103,6 +98,17 @@ pub(super) fn refuse_classifier(architecture: &Architecture, option: &str) -> Re
             .at(option)
             .value(architecture.class.clone())
             .hint("leave the option out"),
+    )
+}
+
+/// Refuses an evaluation without records.
+pub(super) fn refuse_empty<T>(records: &[T]) -> Result<()> {
+    if !records.is_empty() {
+        return Ok(());
+    }
+    Err(
+        Error::new(Kind::Data, "there is nothing to evaluate: no record")
+            .hint("check `--data` and `--limit`"),
     )
 }
 
